@@ -1,0 +1,64 @@
+"""Where everything of one job lies. The output folder is the job's only state: what is in it is what is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class JobFolder:
+    """The output folder of a job.
+
+    job.json  manifest.json  report.html  results/part-*.parquet  _SUCCESS
+    work/         what the steps hand to each other, one Parquet file a relation
+    sample/       a plan of one shard: the requests that run first to learn output lengths
+    plan/         plan.json and shards/shard-*.parquet
+    completions/  sample/ and shard-*/, each with part-*.parquet, metrics.parquet and shard.json
+    """
+
+    root: Path
+
+    @property
+    def job(self) -> Path:
+        return self.root / "job.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+    @property
+    def work(self) -> Path:
+        return self.root / "work"
+
+    def relation(self, name: str) -> Path:
+        """The file of the relation `name`, which is also the name of its schema and of its SQL file."""
+        return self.work / f"{name}.parquet"
+
+    @property
+    def sample(self) -> Path:
+        return self.root / "sample"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan"
+
+    @property
+    def completions(self) -> Path:
+        return self.root / "completions"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def success(self) -> Path:
+        return self.root / "_SUCCESS"

@@ -1,0 +1,1 @@
+"""From tokenized requests to a plan: prefix tree, costs, order, shards. Knows DuckDB and NumPy, no torch, no Airflow."""
