@@ -1,0 +1,117 @@
+"""Which end of a density-sorted shard to admit from next, so that compute and memory stay balanced all the way.
+
+Knows nothing of blocks, steps or prompts: a scheduler tells it how many KV cache tokens the requests from each front
+hold and asks for the next request. NumPy only, because both the planner's simulator and the engine use it.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+# A shard's memory time is never taken to be less than this: a shard of one-token outputs reads no KV cache at all.
+_MIN_MEMORY_SECONDS = 1e-12
+
+
+class Front(str, Enum):
+    """An end of the shard: left is compute-heavy (high density), right is memory-heavy."""
+
+    LEFT = "left"
+    RIGHT = "right"
+
+
+class DualScanner:
+    """Two fronts that walk towards each other over one shard; each position is taken exactly once.
+
+    Let rho_L, rho_R be the unit densities at the two fronts and rho the density of all that remains. The left front's
+    share of the KV cache is M_L / M = (rho - rho_R) / (rho_L - rho_R), so that M_L rho_L + M_R rho_R = M rho
+    (paper, "dual scan"). The two equations have no non-negative solution when both ends lie on one side of rho; the
+    share is therefore clamped to [0, 1], and where both ends are equally dense one front is enough. Every call is O(1).
+    """
+
+    __slots__ = (
+        "_compute_remaining",
+        "_compute_seconds",
+        "_is_two_ended",
+        "_left",
+        "_memory_remaining",
+        "_memory_seconds",
+        "_right",
+        "_unit_density",
+    )
+
+    def __init__(
+        self,
+        *,
+        compute_seconds: NDArray[np.float64],
+        memory_seconds: NDArray[np.float64],
+        unit_density: NDArray[np.float64],
+        is_two_ended: bool,
+    ) -> None:
+        """Arrays [num_requests] in shard order, by falling unit density where `is_two_ended`.
+
+        Raises ValueError when the arrays differ in shape or hold a negative or non-finite value.
+        """
+        arrays = {"compute_seconds": compute_seconds, "memory_seconds": memory_seconds, "unit_density": unit_density}
+        for name, values in arrays.items():
+            if values.ndim != 1 or values.shape != compute_seconds.shape:
+                raise ValueError(f"Invalid shape of {name}: expected {compute_seconds.shape}, got {values.shape}.")
+            if not bool(np.all(np.isfinite(values) & (values >= 0))):
+                raise ValueError(f"Invalid {name}: expected finite values >= 0; plan the shard again.")
+        self._compute_seconds = compute_seconds
+        self._memory_seconds = memory_seconds
+        self._unit_density = unit_density
+        self._is_two_ended = is_two_ended
+        self._compute_remaining = float(compute_seconds.sum())
+        self._memory_remaining = float(memory_seconds.sum())
+        self._left = 0  # remaining positions are the half-open interval [left, right)
+        self._right = len(compute_seconds)
+
+    @property
+    def num_remaining(self) -> int:
+        return self._right - self._left
+
+    @property
+    def left_share(self) -> float:
+        """Share of the KV cache, in [0, 1], that requests from the left front should hold now."""
+        if not self._is_two_ended or self.num_remaining <= 1:
+            return 1.0
+        density_left = float(self._unit_density[self._left])
+        density_right = float(self._unit_density[self._right - 1])
+        if density_left == density_right:
+            return 1.0
+        density = max(self._compute_remaining, 0.0) / max(self._memory_remaining, _MIN_MEMORY_SECONDS)
+        return min(max((density - density_right) / (density_left - density_right), 0.0), 1.0)
+
+    def next_front(self, left_tokens: float, right_tokens: float, capacity_tokens: float) -> Front | None:
+        """The front that is furthest under its share of `capacity_tokens`; None when nothing remains.
+
+        `left_tokens` and `right_tokens` are the KV cache tokens that the admitted requests of each front hold.
+        """
+        if self.num_remaining == 0:
+            return None
+        if not self._is_two_ended:
+            return Front.LEFT
+        share = self.left_share
+        missing_left = share * capacity_tokens - left_tokens
+        missing_right = (1.0 - share) * capacity_tokens - right_tokens
+        return Front.LEFT if missing_left >= missing_right else Front.RIGHT
+
+    def peek(self, front: Front) -> int:
+        """The shard position at `front`, not taken. Raises IndexError when nothing remains."""
+        if self.num_remaining == 0:
+            raise IndexError("Nothing remains in this shard; ask next_front() first.")
+        return self._left if front is Front.LEFT else self._right - 1
+
+    def take(self, front: Front) -> int:
+        """The shard position at `front`, taken: it never comes again. Raises IndexError when nothing remains."""
+        position = self.peek(front)
+        if front is Front.LEFT:
+            self._left += 1
+        else:
+            self._right -= 1
+        self._compute_remaining -= float(self._compute_seconds[position])
+        self._memory_remaining -= float(self._memory_seconds[position])
+        return position
