@@ -36,6 +36,10 @@ class JobFolder:
         return self.work / f"{name}.parquet"
 
     @property
+    def timings(self) -> Path:
+        return self.work / "timings.json"
+
+    @property
     def sample(self) -> Path:
         return self.root / "sample"
 

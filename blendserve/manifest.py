@@ -17,11 +17,13 @@ from blendserve.errors import PlanError
 from blendserve.spec import EngineSpec, Policy, SamplingSpec
 
 
-class _Manifest(BaseModel):
+class FrozenManifest(BaseModel):
+    """Base of the JSON files: no unknown keys, no changes after reading."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class ShardPlan(_Manifest):
+class ShardPlan(FrozenManifest):
     """One shard of a plan: a Parquet file of scheduled requests and what running it should take."""
 
     shard: int
@@ -34,7 +36,7 @@ class ShardPlan(_Manifest):
     predicted_seconds: float
 
 
-class PlanManifest(_Manifest):
+class PlanManifest(FrozenManifest):
     """`plan.json`: everything that `run-shard` needs besides the shard files themselves.
 
     `is_two_ended`: the shard files are sorted by falling density and are to be admitted from both ends at once
@@ -53,7 +55,7 @@ class PlanManifest(_Manifest):
     summary: dict[str, Any]
 
 
-class ShardManifest(_Manifest):
+class ShardManifest(FrozenManifest):
     """`shard.json`, written last in a shard's completions folder: the shard is done."""
 
     plan_id: str

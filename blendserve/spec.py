@@ -27,22 +27,14 @@ class SamplingSpec(_Spec):
     """How tokens are chosen and when a completion ends. `temperature` 0 is greedy."""
 
     max_tokens: int = Field(256, ge=1, title="Max tokens", description="Longest completion, in tokens.")
-    temperature: float = Field(
-        0.0, ge=0.0, le=10.0, title="Temperature", description="0 takes the likeliest token."
-    )
+    temperature: float = Field(0.0, ge=0.0, le=10.0, title="Temperature", description="0 takes the likeliest token.")
     top_p: float = Field(
         1.0, gt=0.0, le=1.0, title="Top-p", description="Smallest set of tokens with this probability."
     )
     top_k: int = Field(0, ge=0, title="Top-k", description="Only the k likeliest tokens; 0 takes all.")
-    seed: int = Field(
-        0, ge=0, lt=2**63, title="Seed", description="Same seed, same request: same completion."
-    )
-    stop: tuple[str, ...] = Field(
-        (), title="Stop strings", description="A completion ends before the first of these."
-    )
-    ignore_eos: bool = Field(
-        False, title="Ignore end of text", description="Always generate max_tokens tokens."
-    )
+    seed: int = Field(0, ge=0, lt=2**63, title="Seed", description="Same seed, same request: same completion.")
+    stop: tuple[str, ...] = Field((), title="Stop strings", description="A completion ends before the first of these.")
+    ignore_eos: bool = Field(False, title="Ignore end of text", description="Always generate max_tokens tokens.")
 
     @model_validator(mode="after")
     def _stop_strings_are_not_empty(self) -> SamplingSpec:
@@ -64,12 +56,8 @@ class EngineSpec(_Spec):
         "auto", title="Weights", description="dummy: random weights from the model's config, for benchmarks."
     )
     block_size: int = Field(16, ge=1, le=256, title="Block size", description="Tokens in a KV cache block.")
-    num_blocks: int | None = Field(
-        None, ge=2, title="KV cache blocks", description="Empty: as many as memory allows."
-    )
-    max_num_seqs: int = Field(
-        64, ge=1, title="Max running requests", description="Requests that run at one time."
-    )
+    num_blocks: int | None = Field(None, ge=2, title="KV cache blocks", description="Empty: as many as memory allows.")
+    max_num_seqs: int = Field(64, ge=1, title="Max running requests", description="Requests that run at one time.")
     max_num_batched_tokens: int = Field(
         512,
         ge=1,
@@ -89,9 +77,7 @@ class JobSpec(SamplingSpec, EngineSpec):
     """One job: where the rows come from, how they become prompts, what runs them, where the results go."""
 
     input: str = Field(title="Input", min_length=1, description="A Parquet file, a glob or a folder.")
-    output: str = Field(
-        title="Output", min_length=1, description="The job's own folder for results and state."
-    )
+    output: str = Field(title="Output", min_length=1, description="The job's own folder for results and state.")
     model: str = Field(
         DEFAULT_MODEL,
         min_length=1,
@@ -114,7 +100,7 @@ class JobSpec(SamplingSpec, EngineSpec):
     truncate_prompt: bool = Field(
         False,
         title="Truncate prompts",
-        description="Cut over-long prompts at their start instead of rejecting them.",
+        description="Cut over-long prompts at their end instead of rejecting them.",
     )
     policy: Policy = Field("blend", title="Policy", description="The order in which requests run.")
     shards: int | None = Field(
@@ -142,9 +128,7 @@ class JobSpec(SamplingSpec, EngineSpec):
     @model_validator(mode="after")
     def _one_source_of_prompts(self) -> JobSpec:
         if self.template is not None and self.prompt_column is not None:
-            raise ValueError(
-                "template and prompt_column exclude each other; name the column in the template instead"
-            )
+            raise ValueError("template and prompt_column exclude each other; name the column in the template instead")
         return self
 
     @property
@@ -166,9 +150,7 @@ def load_job(path: Path | None, overrides: dict[str, Any]) -> JobSpec:
         try:
             loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UsageError(
-                f"Job file {path} can't be read: {error}. Expected a YAML mapping of options."
-            ) from error
+            raise UsageError(f"Job file {path} can't be read: {error}. Expected a YAML mapping of options.") from error
         if not isinstance(loaded, dict):
             raise UsageError(f"Job file {path} holds {type(loaded).__name__}, expected a mapping of options.")
         stated = {str(key).replace("-", "_"): value for key, value in loaded.items()}
@@ -187,9 +169,7 @@ def describe_validation_error(error: ValidationError) -> str:
             known = ", ".join(sorted(JobSpec.model_fields))
             lines.append(f"Unknown option '{option}'. Known options: {known}.")
         elif problem["type"] == "missing":
-            lines.append(
-                f"Option '{option}' is missing. Give --{option.replace('_', '-')} or set it in the job file."
-            )
+            lines.append(f"Option '{option}' is missing. Give --{option.replace('_', '-')} or set it in the job file.")
         else:
             lines.append(f"Option '{option}': {problem['msg']}; got {problem['input']!r}.")
     return "\n".join(lines)

@@ -1,0 +1,259 @@
+"""The job, step by step: the page to read first.
+
+    extract → tokenize → analyze → sample → plan → run_shard … → merge → report → finish
+
+Each step is a function that the command line and the Airflow tasks both call. A step reads what the steps before it
+left in the job's folder (see `JobFolder`) and leaves its own files there, whole or not at all. A step whose files are
+there is done: calling it again only reports, which is what makes a job that was killed anywhere go on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from blendserve.engine_process import Progress, find_plan, run_shard_process
+from blendserve.errors import OutputError, ReconciliationError
+from blendserve.extract import RequestReader, extract_requests
+from blendserve.input_files import open_input
+from blendserve.job_folder import JobFolder
+from blendserve.job_record import JobRecord, check_claimable, claim, holding, read_record, versions, writing_to
+from blendserve.manifest import PlanManifest, ShardManifest, read_manifest, replacing, write_manifest
+from blendserve.merge import check_ids_are_unique, merge_results
+from blendserve.models.config import ModelConfig
+from blendserve.models.source import resolve_model
+from blendserve.spec import JobSpec
+
+Announce = Callable[[str, dict[str, Any]], None]
+
+
+def run(
+    spec: JobSpec,
+    *,
+    on_step: Announce | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Run the whole job, or what is left of it, and return its manifest.
+
+    On a finished job this does nothing but return the manifest with `already_done` set.
+    """
+    announce = on_step or (lambda _step, _result: None)
+    folder = JobFolder(Path(spec.output).absolute())
+    with holding(folder):
+        preflight(spec)
+        announce("extract", extract(spec))
+        if folder.success.is_file():
+            return {**_read_final_manifest(folder), "already_done": True}
+        announce("tokenize", tokenize(folder.root))
+        announce("analyze", analyze(folder.root))
+        announce("sample", run_sample(folder.root, on_progress=on_progress))
+        made = plan(folder.root)
+        announce("plan", made.summary)
+        for shard in made.shards:
+            done = run_shard(folder.plan, shard.shard, on_progress=on_progress)
+            announce("run_shard", done.model_dump(mode="json"))
+        announce("merge", merge(folder.root))
+        announce("report", {"report": str(report(folder.root))})
+        return finish(folder.root)
+
+
+def preflight(spec: JobSpec) -> dict[str, Any]:
+    """Check all that can be checked before any work starts: input, columns, template, model, output folder.
+
+    Raises InputError, UsageError, ModelError or OutputError; changes nothing but creating the output folder.
+    """
+    files = open_input(spec.input)
+    RequestReader.of(spec, files.schema)
+    model_folder = resolve_model(spec.model)
+    config = ModelConfig.from_folder(model_folder)
+    folder = JobFolder(Path(spec.output).absolute())
+    check_claimable(folder, JobRecord.of(spec, files, model_folder))
+    return {
+        "num_files": len(files.paths),
+        "num_rows": files.num_rows,
+        "architecture": config.architecture,
+        "model_folder": str(model_folder),
+        "output": str(folder.root),
+    }
+
+
+def extract(spec: JobSpec) -> dict[str, Any]:
+    """Claim the output folder; copy the input rows and make a request of each: `input_rows`, `requests`."""
+    folder = JobFolder(Path(spec.output).absolute())
+    files = open_input(spec.input)
+    claim(folder, JobRecord.of(spec, files, resolve_model(spec.model)))
+    with _step(folder, "extract", "input_rows", "requests") as is_done:
+        if not is_done:
+            extract_requests(spec, files, folder)
+            check_ids_are_unique(folder)
+    return {"root": str(folder.root), "num_rows": _num_rows(folder, "requests")}
+
+
+def tokenize(root: Path) -> dict[str, Any]:
+    """Turn prompts into token ids: `tokenized_requests`, and `rejected_requests` for rows that can't run."""
+    from blendserve.tokenizer import PromptTokenizer, tokenize_requests
+
+    folder, record = _open(root)
+    with _step(folder, "tokenize", "tokenized_requests", "rejected_requests") as is_done:
+        if not is_done:
+            tokenize_requests(folder, PromptTokenizer.load(Path(record.model_folder), record.spec))
+    return {
+        "num_requests": _num_rows(folder, "tokenized_requests"),
+        "num_rejected": _num_rows(folder, "rejected_requests"),
+    }
+
+
+def analyze(root: Path) -> dict[str, Any]:
+    """Sort the requests into their prefix tree: `sorted_requests`, `prefix_nodes`."""
+    from blendserve.planner.analyze import analyze as analyze_prefixes
+
+    folder, record = _open(root)
+    summary = folder.work / "prefix_summary.json"
+    with _step(folder, "analyze", "sorted_requests", "prefix_nodes") as is_done:
+        if not is_done or not summary.is_file():
+            found = analyze_prefixes(folder, dedupe=record.spec.temperature == 0.0)
+            write_manifest(summary, asdict(found))
+    return _read_json(summary)
+
+
+def choose_sample(root: Path) -> dict[str, Any]:
+    """Choose the requests that run first, so that the plan knows output lengths; `num_requests` 0 where none must."""
+    from blendserve.planner.sample import write_sample_plan
+
+    folder, record = _open(root)
+    if (folder.sample / "plan.json").is_file():
+        chosen = read_manifest(folder.sample / "plan.json", PlanManifest)
+        return {"num_requests": sum(shard.num_requests for shard in chosen.shards)}
+    with writing_to(folder.root):
+        return {"num_requests": write_sample_plan(folder, record.spec, Path(record.model_folder))}
+
+
+def run_sample(root: Path, *, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+    """Choose and run the sample. Its completions are part of the result and are not computed again."""
+    folder, _ = _open(root)
+    if (folder.plan / "plan.json").is_file():
+        return {"num_requests": 0, "is_skipped": True}
+    chosen = choose_sample(root)
+    if chosen["num_requests"]:
+        with _step(folder, "sample"):
+            run_shard(folder.sample, 0, on_progress=on_progress)
+    return chosen
+
+
+def plan(root: Path) -> PlanManifest:
+    """Estimate output lengths and costs, order the requests, cut the order into shards: `plan/`."""
+    from blendserve.planner.plan import make_plan
+
+    folder, record = _open(root)
+    if (folder.plan / "plan.json").is_file():
+        return read_manifest(folder.plan / "plan.json", PlanManifest)
+    with _step(folder, "plan"):
+        return make_plan(folder, record.spec, Path(record.model_folder))
+
+
+def run_shard(
+    plan_dir: Path,
+    shard: int,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> ShardManifest:
+    """Run one shard in a process of its own: `completions/shard-*/`. A finished shard is not run again."""
+    return run_shard_process(find_plan(plan_dir), shard, on_progress=on_progress, should_stop=should_stop)
+
+
+def merge(root: Path, *, allow_missing: bool = False) -> dict[str, Any]:
+    """Put completions and input rows together: `results/` and `manifest.json`. Returns the counts.
+
+    Raises ReconciliationError when rows have no completion, unless `allow_missing`: then they come out as failed rows
+    and the manifest says `incomplete`, so that a later run can finish them.
+    """
+    folder, record = _open(root)
+    with _step(folder, "merge"):
+        merged = merge_results(folder, allow_missing=allow_missing)
+    write_manifest(
+        folder.manifest,
+        {
+            "status": "incomplete" if merged.counts["missing"] else "done",
+            "counts": merged.counts,
+            "tokens": merged.tokens,
+            "fingerprint": record.fingerprint,
+            "identity": record.identity,
+            "spec": record.spec.model_dump(mode="json"),
+            "model_folder": record.model_folder,
+            "plan": read_manifest(folder.plan / "plan.json", PlanManifest).summary,
+            "timings_seconds": _timings(folder),
+            "versions": versions(),
+            "results": [str(path.relative_to(folder.root)) for path in sorted(folder.results.glob("*.parquet"))],
+        },
+    )
+    return {**merged.counts, "path": str(folder.results)}
+
+
+def report(root: Path) -> Path:
+    """Draw the job's HTML page from its manifests and metrics: `report.html`."""
+    from blendserve.report.page import write_report
+
+    folder, _ = _open(root)
+    with _step(folder, "report"):
+        write_report(folder)
+    return folder.report
+
+
+def finish(root: Path) -> dict[str, Any]:
+    """Declare the job done: `_SUCCESS`, last of all. Raises ReconciliationError when rows are still missing."""
+    folder, _ = _open(root)
+    manifest = _read_final_manifest(folder)
+    if manifest["status"] != "done":
+        raise ReconciliationError(
+            f"{manifest['counts']['missing']} request(s) of {folder.root} have no completion: a shard did not finish. "
+            "Run the job again to go on; finished rows are kept."
+        )
+    with writing_to(folder.root), replacing(folder.success) as temporary:
+        temporary.write_text(manifest["fingerprint"] + "\n", encoding="utf-8")
+    return manifest
+
+
+def _open(root: Path) -> tuple[JobFolder, JobRecord]:
+    folder = JobFolder(root.absolute())
+    return folder, read_record(folder)
+
+
+@contextmanager
+def _step(folder: JobFolder, name: str, *relations: str) -> Iterator[bool]:
+    """Yield whether the step's relations are all there; time the step when it has to run."""
+    if relations and all(folder.relation(relation).is_file() for relation in relations):
+        yield True
+        return
+    started = time.perf_counter()
+    with writing_to(folder.root):
+        yield False
+    write_manifest(folder.timings, {**_timings(folder), name: round(time.perf_counter() - started, 3)})
+
+
+def _timings(folder: JobFolder) -> dict[str, float]:
+    return _read_json(folder.timings) if folder.timings.is_file() else {}
+
+
+def _num_rows(folder: JobFolder, relation: str) -> int:
+    return int(pq.read_metadata(folder.relation(relation)).num_rows)
+
+
+def _read_final_manifest(folder: JobFolder) -> dict[str, Any]:
+    if not folder.manifest.is_file():
+        raise OutputError(
+            f"{folder.manifest} is not there: the job in {folder.root} is not merged yet. Run merge first."
+        )
+    return _read_json(folder.manifest)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -1,0 +1,166 @@
+"""What makes two runs the same job, and how a job takes hold of its output folder.
+
+Invariants: a folder that isn't ours is never written to; work of another job is never mixed in; only `force` discards.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from blendserve.errors import OutputError
+from blendserve.input_files import InputFiles
+from blendserve.job_folder import JobFolder
+from blendserve.manifest import FrozenManifest, read_manifest, write_manifest
+from blendserve.models.source import model_identity
+from blendserve.spec import JobSpec, SamplingSpec
+
+# Fields that decide which prompts the model sees. Together with input, model and sampling they are the job's identity;
+# policy, shards and the like only decide how it runs.
+_PROMPT_FIELDS = (
+    "id_column",
+    "prompt_column",
+    "template",
+    "system",
+    "raw",
+    "truncate_prompt",
+    "limit",
+    "max_model_len",
+)
+_NUMERIC_FIELDS = ("dtype", "load_format")
+_PACKAGES = ("blendserve", "torch", "triton", "transformers", "duckdb", "pyarrow")
+
+
+class JobRecord(FrozenManifest):
+    """`job.json`: the job as stated and what identifies it."""
+
+    spec: JobSpec
+    model_folder: str
+    identity: dict[str, Any]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, spec: JobSpec, files: InputFiles, model_folder: Path) -> JobRecord:
+        identity = {
+            "input": files.digest(),
+            "model": model_identity(model_folder) | {name: getattr(spec, name) for name in _NUMERIC_FIELDS},
+            "prompts": {name: getattr(spec, name) for name in _PROMPT_FIELDS},
+            "sampling": {name: getattr(spec, name) for name in SamplingSpec.model_fields},
+        }
+        identity = json.loads(json.dumps(identity))  # as it will be read back
+        content = json.dumps(identity, sort_keys=True).encode()
+        fingerprint = hashlib.sha256(content).hexdigest()
+        return cls(spec=spec, model_folder=str(model_folder), identity=identity, fingerprint=fingerprint)
+
+
+def read_record(folder: JobFolder) -> JobRecord:
+    """Raises OutputError when the folder holds no job."""
+    if not folder.job.is_file():
+        raise OutputError(f"{folder.root} holds no job: {folder.job.name} is not there. Give the output of a job.")
+    return read_manifest(folder.job, JobRecord)
+
+
+def claim(folder: JobFolder, record: JobRecord) -> None:
+    """Make the folder this job's own, keeping what an earlier run of the same job did.
+
+    Raises OutputError when the folder can't be written, isn't ours, or holds another job and `force` is off.
+    """
+    check_claimable(folder, record)
+    if record.spec.force:
+        _discard(folder)
+    elif folder.job.is_file():
+        earlier = read_record(folder).spec
+        if _planning_options(earlier) != _planning_options(record.spec):
+            (folder.plan / "plan.json").unlink(missing_ok=True)  # finished rows stay; the rest is planned anew
+    with writing_to(folder.root):
+        write_manifest(folder.job, record)
+
+
+def check_claimable(folder: JobFolder, record: JobRecord) -> None:
+    """`claim` without changing anything but creating the folder itself."""
+    with writing_to(folder.root):
+        folder.root.mkdir(parents=True, exist_ok=True)
+        probe = folder.root / ".writable"
+        probe.touch()
+        probe.unlink()
+    if not folder.job.is_file():
+        foreign = sorted(path.name for path in folder.root.iterdir() if path != folder.lock)
+        if foreign:
+            raise OutputError(
+                f"Output folder {folder.root} is not empty and holds no job of ours ({', '.join(foreign[:5])}"
+                f"{', …' if len(foreign) > 5 else ''}). Give a new or empty folder; nothing was touched."
+            )
+        return
+    earlier = read_record(folder)
+    if earlier.fingerprint != record.fingerprint and not record.spec.force:
+        changed = [name for name in record.identity if record.identity[name] != earlier.identity.get(name)]
+        raise OutputError(
+            f"Output folder {folder.root} holds another job: {', '.join(changed)} changed since "
+            f"(fingerprint {earlier.fingerprint[:12]}, now {record.fingerprint[:12]}). Give another --output, or "
+            "--force to discard what is there."
+        )
+
+
+def _planning_options(spec: JobSpec) -> dict[str, Any]:
+    return spec.model_dump(exclude={"input", "output", "force", "on_row_error"})
+
+
+def _discard(folder: JobFolder) -> None:
+    for path in (folder.success, folder.manifest, folder.report):
+        path.unlink(missing_ok=True)
+    for path in (folder.results, folder.plan, folder.sample, folder.completions, folder.work):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def holding(folder: JobFolder) -> Iterator[None]:
+    """Hold the folder's lock, so that two runs of one job can't work on it at once. It goes with the process.
+
+    Raises OutputError when another process holds it.
+    """
+    with writing_to(folder.root):
+        folder.root.mkdir(parents=True, exist_ok=True)
+        file = folder.lock.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"Output folder {folder.root} is in use by another run of this job. Wait for it or stop it."
+            ) from error
+        yield
+
+
+@contextmanager
+def writing_to(root: Path) -> Iterator[None]:
+    """Turn a refused or failed write below `root` into an OutputError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"The disk of {root} is full ({error.strerror}). Finished work is kept; free space and run again."
+            ) from error
+        raise OutputError(
+            f"Output folder {root} can't be written: {error}. Choose a folder you may write to."
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on, by package; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,147 @@
+"""From completions to results: every input row exactly once, with what became of it.
+
+The results appear under their final name only when every row is in them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from blendserve.errors import InputError, ReconciliationError
+from blendserve.job_folder import JobFolder
+from blendserve.planner.database import connect, query
+from blendserve.schemas import COMPLETIONS, RESULT_COLUMNS
+
+_BATCH_ROWS = 8192
+_ROWS_PER_FILE = 32 * _BATCH_ROWS
+_OUTCOMES = {
+    "succeeded": "succeeded",
+    "failed": "failed",
+    "rejected": "rejected",
+    "duplicate": "duplicates_resolved",
+    "missing": "missing",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MergedResults:
+    """`counts`: input_rows = succeeded + failed + rejected + duplicates_resolved + missing. `tokens`: totals."""
+
+    counts: dict[str, int]
+    tokens: dict[str, int]
+
+
+def check_ids_are_unique(folder: JobFolder) -> None:
+    """Raises InputError naming the first ids that more than one row of `requests` has."""
+    with connect(folder.work) as connection:
+        repeated = query(connection, "duplicate_request_ids", requests=str(folder.relation("requests"))).fetchall()
+    if repeated:
+        shown = ", ".join(f"{name!r} (rows {first} and {last})" for name, first, last, _ in repeated)
+        raise InputError(
+            f"Request ids are not unique: {shown}. Each row needs an id of its own: fix the input, choose another "
+            "--id-column, or leave it out to number the rows."
+        )
+
+
+def completion_files(folder: JobFolder) -> list[Path]:
+    """The finished part files of the sample and of all shards."""
+    return sorted(folder.completions.glob("**/part-*.parquet"))
+
+
+def merge_results(folder: JobFolder, *, allow_missing: bool) -> MergedResults:
+    """Write `results/part-*.parquet`: the input's columns and RESULT_COLUMNS, in input order.
+
+    Raises ReconciliationError when a row is lost or doubled, or has no completion and `allow_missing` is off.
+    """
+    building = folder.root / ".results.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    counts = dict.fromkeys(("input_rows", *_OUTCOMES.values()), 0)
+    tokens = dict.fromkeys(("num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"), 0)
+    writer: pq.ParquetWriter | None = None
+    try:
+        for rows, outcomes in _joined_batches(folder):
+            if writer is None or counts["input_rows"] % _ROWS_PER_FILE == 0:
+                if writer is not None:
+                    writer.close()
+                part = counts["input_rows"] // _ROWS_PER_FILE
+                writer = pq.ParquetWriter(building / f"part-{part:05d}.parquet", rows.schema)
+            writer.write_table(rows)
+            counts["input_rows"] += rows.num_rows
+            for entry in pc.value_counts(outcomes).to_pylist():
+                counts[_OUTCOMES[entry["values"]]] += entry["counts"]
+            for name in tokens:
+                tokens[name] += pc.sum(rows[name]).as_py() or 0
+    finally:
+        if writer is not None:
+            writer.close()
+    _reconcile(folder, counts, allow_missing)
+    shutil.rmtree(folder.results, ignore_errors=True)
+    building.rename(folder.results)
+    return MergedResults(counts, tokens)
+
+
+def _joined_batches(folder: JobFolder) -> Iterator[tuple[pa.Table, pa.ChunkedArray]]:
+    """Input rows beside their results, with the outcome of each."""
+    with (
+        connect(folder.work) as connection,
+        pq.ParquetFile(folder.relation("input_rows")) as input_rows,
+    ):
+        files = [str(path) for path in completion_files(folder)]
+        connection.register("completions", pads.dataset(files, schema=COMPLETIONS, format="parquet"))
+        names = ("requests", "rejected_requests", "sorted_requests")
+        paths = {name: str(folder.relation(name)) for name in names}
+        results = query(connection, "results", **paths).to_arrow_reader(_BATCH_ROWS)
+        chunks = _rechunk(results, _BATCH_ROWS)
+        num_rows = 0
+        for inputs in _rechunk(input_rows.iter_batches(batch_size=_BATCH_ROWS), _BATCH_ROWS):
+            chunk = next(chunks, None)
+            if chunk is None or chunk["row_index"].to_pylist() != list(range(num_rows, num_rows + inputs.num_rows)):
+                raise ReconciliationError(
+                    f"Results of {folder.root} don't line up with the input from row {num_rows} on. Nothing was "
+                    "published; keep the folder and report this."
+                )
+            num_rows += inputs.num_rows
+            for field in RESULT_COLUMNS:
+                if field.name not in inputs.schema.names:
+                    inputs = inputs.append_column(field, chunk[field.name].cast(field.type))
+            yield inputs, chunk["outcome"]
+
+
+def _rechunk(batches: Iterator[pa.RecordBatch], num_rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of exactly `num_rows`, the last one shorter."""
+    held: list[pa.RecordBatch] = []
+    num_held = 0
+    for batch in batches:
+        held.append(batch)
+        num_held += batch.num_rows
+        while num_held >= num_rows:
+            table = pa.Table.from_batches(held)
+            yield table.slice(0, num_rows)
+            held = table.slice(num_rows).to_batches()
+            num_held -= num_rows
+    if num_held:
+        yield pa.Table.from_batches(held)
+
+
+def _reconcile(folder: JobFolder, counts: dict[str, int], allow_missing: bool) -> None:
+    num_requests = pq.read_metadata(folder.relation("requests")).num_rows
+    accounted = sum(counts[name] for name in _OUTCOMES.values())
+    if not counts["input_rows"] == num_requests == accounted:
+        raise ReconciliationError(
+            f"Counts of {folder.root} don't add up: {num_requests} input rows, {counts['input_rows']} results, "
+            f"{accounted} outcomes. Nothing was published; keep the folder and report this."
+        )
+    if counts["missing"] and not allow_missing:
+        raise ReconciliationError(
+            f"{counts['missing']} of {counts['input_rows']} requests in {folder.root} have no completion: a shard did "
+            "not finish. Run its shard (`blendserve run-shard`) or the job again; finished rows are kept."
+        )
