@@ -1,0 +1,61 @@
+"""Causal attention of prompt chunks over the paged cache, which already holds the chunk and everything before it."""
+
+from __future__ import annotations
+
+import torch
+
+from blendserve_kernels import reference
+from blendserve_kernels.argument_checks import (
+    check_dtype,
+    check_inner_contiguous,
+    check_kv_cache,
+    check_rank,
+    check_same_device,
+    check_shape,
+)
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    max_seqlen_q: int,
+) -> torch.Tensor:
+    """Return the attention output of B ragged chunks, T query tokens in all, [T, num_heads, head_dim].
+
+    q: [T, num_heads, head_dim]; the chunk of request b is q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]].
+    k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]. block_table: int32 [B, max_blocks].
+    cu_seqlens_q: int32 [B + 1]. context_lens: int32 [B], tokens of the request in the cache including this chunk, so
+    query i of request b sits at position context_lens[b] - chunk_length + i and sees the keys up to its own.
+    max_seqlen_q: the longest chunk, an upper bound on the host. Cache content beyond a context is never used.
+    Rows of q beyond cu_seqlens_q[B] give undefined output.
+    """
+    check_kv_cache(q, k_cache, v_cache)
+    check_rank("block_table", block_table, "[num_requests, max_blocks]")
+    num_requests = block_table.shape[0]
+    check_shape("cu_seqlens_q", cu_seqlens_q, [num_requests + 1])
+    check_shape("context_lens", context_lens, [num_requests])
+    check_dtype("block_table", block_table, torch.int32)
+    check_dtype("cu_seqlens_q", cu_seqlens_q, torch.int32)
+    check_dtype("context_lens", context_lens, torch.int32)
+    check_inner_contiguous("block_table", block_table, 1)
+    check_same_device(
+        "q",
+        q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        block_table=block_table,
+        cu_seqlens_q=cu_seqlens_q,
+        context_lens=context_lens,
+    )
+    if q.is_cuda:
+        from blendserve_kernels.triton_kernels.prefill_attention import prefill_attention_triton
+
+        return prefill_attention_triton(
+            q, k_cache, v_cache, block_table, cu_seqlens_q, context_lens, scale, max_seqlen_q
+        )
+    return reference.prefill_attention(q, k_cache, v_cache, block_table, cu_seqlens_q, context_lens, scale)
