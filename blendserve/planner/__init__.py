@@ -1,1 +1,1 @@
-"""From tokenized requests to a plan: prefix tree, costs, order, shards. Knows DuckDB and NumPy, no torch, no Airflow."""
+"""From tokenized requests to a plan: prefix tree, costs, order, shards. DuckDB and NumPy; no torch, no Airflow."""

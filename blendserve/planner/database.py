@@ -1,0 +1,66 @@
+"""The DuckDB connection that the planner's SQL runs on: memory is bounded, values are bound and never formatted in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import duckdb
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import blendserve_sql
+from blendserve.manifest import replacing
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_MAX_MEMORY_BYTES = 4 * 2**30
+
+
+def default_memory_bytes() -> int:
+    """Half of the memory that is free for this process, at most 4 GiB."""
+    free = int(psutil.virtual_memory().available)
+    if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text(encoding="ascii").strip()).isdigit():
+        free = min(free, int(limit))
+    return min(free // 2, _MAX_MEMORY_BYTES)
+
+
+@contextmanager
+def open_database(folder: Path, *, memory_bytes: int | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that spills into a temporary folder inside `folder` beyond `memory_bytes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".duckdb-") as spill:
+        limit = default_memory_bytes() if memory_bytes is None else memory_bytes
+        connection = duckdb.connect(
+            config={"memory_limit": f"{limit // 2**20}MiB", "temp_directory": spill, "preserve_insertion_order": True}
+        )
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+
+def compute(
+    connection: duckdb.DuckDBPyConnection,
+    relation: str,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    tables: Mapping[str, pa.Table] | None = None,
+) -> pa.Table:
+    """The rows of `relation`, whose SQL file reads `tables` by name and has `parameters` bound to its `$names`."""
+    for name, table in (tables or {}).items():
+        connection.register(name, table)
+    try:
+        return connection.sql(blendserve_sql.read(relation), params=dict(parameters or {})).to_arrow_table()
+    finally:
+        for name in tables or {}:
+            connection.unregister(name)
+
+
+def write_relation(path: Path, table: pa.Table, schema: pa.Schema) -> None:
+    """Write `table` with exactly `schema` to `path`, all of it or nothing."""
+    with replacing(path) as temporary:
+        pq.write_table(table.select(schema.names).cast(schema), temporary, compression="zstd")

@@ -1,0 +1,169 @@
+"""What a request costs: the shape of the model, the figures of the hardware, and the constants that follow.
+
+The formulas themselves stand in `sql/blendserve_sql/request_costs.sql`; this page computes what is bound to them.
+Source: paper, "Performance model", with H_kv = num_kv_heads * head_dim, the parameters of the layers without the
+embeddings, the output head on sampled tokens only, and causal attention.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from blendserve.errors import ModelError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a decoder-only transformer with grouped-query attention and a gated MLP."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters that every token multiplies: projections and MLPs of all layers, no embeddings, no head."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the output head, which only sampled tokens multiply."""
+        return self.hidden_size * self.vocab_size
+
+    def kv_bytes_per_token(self, bytes_per_element: int) -> int:
+        """KV cache bytes of one token in all layers."""
+        return 2 * bytes_per_element * self.num_kv_heads * self.head_dim * self.num_layers
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One device (or several that act as one): peak rates and memory. `bytes_per_element` of weights and KV cache."""
+
+    name: str
+    flops_per_second: float
+    bytes_per_second: float
+    memory_bytes: float
+    bytes_per_element: int
+
+    def times(self, num_devices: int) -> Hardware:
+        """`num_devices` of these with the model split over all of them."""
+        return replace(
+            self,
+            flops_per_second=self.flops_per_second * num_devices,
+            bytes_per_second=self.bytes_per_second * num_devices,
+            memory_bytes=self.memory_bytes * num_devices,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CostConstants:
+    """Seconds per unit of work; the parameters of the relation `request_costs`."""
+
+    seconds_per_layer_token: float  # one token through all layers' projections and MLPs
+    seconds_per_sampled_token: float  # one token through the output head
+    seconds_per_attended_pair: float  # one query against one key and value in all layers
+    seconds_per_kv_token: float  # reading or writing one token of the KV cache
+
+
+BUILT_IN_MODELS: Final = {
+    "llama-2-7b": ModelShape(32, 4096, 32, 32, 128, 11008, 32000),
+    "llama-3.1-8b": ModelShape(32, 4096, 32, 8, 128, 14336, 128256),
+    "llama-3.1-70b": ModelShape(80, 8192, 64, 8, 128, 28672, 128256),
+    "qwen2.5-7b": ModelShape(28, 3584, 28, 4, 128, 18944, 152064),
+    "qwen2.5-72b": ModelShape(80, 8192, 64, 8, 128, 29568, 152064),
+    "deepseek-67b": ModelShape(95, 8192, 64, 8, 128, 22016, 102400),
+    "smollm2-135m": ModelShape(30, 576, 9, 3, 64, 1536, 49152),
+}
+
+# Data sheets: dense bf16 FLOP/s and HBM bandwidth. The CPU is two cores in float32, conservatively.
+BUILT_IN_HARDWARE: Final = {
+    "a100-80gb": Hardware("a100-80gb", 312e12, 2.039e12, 80e9, 2),
+    "h100": Hardware("h100", 989.5e12, 3.35e12, 80e9, 2),
+    "h200": Hardware("h200", 989.5e12, 4.8e12, 141e9, 2),
+    "cpu": Hardware("cpu", 5e10, 1e10, 4e9, 4),
+}
+
+
+def cost_constants(model: ModelShape, hardware: Hardware) -> CostConstants:
+    """The seconds that each unit of work takes at the hardware's rates."""
+    attended_pair_flops = 4 * model.num_heads * model.head_dim * model.num_layers
+    return CostConstants(
+        seconds_per_layer_token=2 * model.layer_parameters / hardware.flops_per_second,
+        seconds_per_sampled_token=2 * model.head_parameters / hardware.flops_per_second,
+        seconds_per_attended_pair=attended_pair_flops / hardware.flops_per_second,
+        seconds_per_kv_token=model.kv_bytes_per_token(hardware.bytes_per_element) / hardware.bytes_per_second,
+    )
+
+
+def load_model_shape(model: str | Path) -> ModelShape:
+    """The shape of a built-in model name, or of the `config.json` in a model's folder.
+
+    Raises ModelError when there is neither, or when the config lacks a size.
+    """
+    if str(model) in BUILT_IN_MODELS:
+        return BUILT_IN_MODELS[str(model)]
+    path = Path(model) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        known = ", ".join(sorted(BUILT_IN_MODELS))
+        raise ModelError(f"{path} can't be read: {error}. Expected a model's folder or one of: {known}.") from error
+    return _shape_of_config(config, path)
+
+
+def _shape_of_config(config: Any, path: Path) -> ModelShape:
+    try:
+        heads = int(config["num_attention_heads"])
+        hidden = int(config["hidden_size"])
+        return ModelShape(
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=hidden,
+            num_heads=heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            intermediate_size=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{path} lacks or garbles a size of the model: {error!r}. Expected num_hidden_layers, hidden_size, "
+            "num_attention_heads, intermediate_size and vocab_size, as Llama's and Qwen's configs have them."
+        ) from error
+
+
+def load_hardware(name: str, *, device: str = "auto") -> Hardware:
+    """The hardware called `name`; `auto` is the visible NVIDIA GPU, or the CPU where none is or `device` is cpu.
+
+    Raises UsageError on an unknown name.
+    """
+    if name == "auto":
+        return BUILT_IN_HARDWARE["cpu" if device == "cpu" else _visible_hardware()]
+    if name not in BUILT_IN_HARDWARE:
+        raise UsageError(f"Unknown hardware '{name}'. Expected auto, {', '.join(sorted(BUILT_IN_HARDWARE))}.")
+    return BUILT_IN_HARDWARE[name]
+
+
+def _visible_hardware() -> str:
+    """The built-in hardware nearest to the first GPU that nvidia-smi names; `cpu` where there is none."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return "cpu"
+    query = [command, "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)  # noqa: S603 - fixed words
+    except (OSError, subprocess.SubprocessError):
+        return "cpu"  # nvidia-smi without a driver: no GPU to plan for
+    gpu = answer.stdout.strip().lower()
+    if not gpu:
+        return "cpu"
+    return "h200" if "h200" in gpu else "h100" if "h100" in gpu else "a100-80gb"

@@ -1,0 +1,83 @@
+"""The prompts' token ids as one flat array on disk, for reading rows in any order without a Python object a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+_BATCH_ROWS = 8192
+_FIRST_SLICE = 8  # most neighbours differ within a few tokens
+_MAX_SLICE = 256
+_MAX_COMPARED = 2**22  # tokens compared at one time
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """`token_ids[offsets[i] : offsets[i + 1]]` are the tokens of the prompt in row i of the Parquet file.
+
+    token_ids: int32 [num_tokens + padding], memory-mapped; offsets: int64 [num_rows + 1].
+    """
+
+    token_ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    def take(self, rows: NDArray[np.int64]) -> pa.ListArray:
+        """The prompts of `rows`, in that order."""
+        lengths = self.lengths[rows]
+        ends = np.cumsum(lengths)
+        shift = np.repeat(self.offsets[rows] - (ends - lengths), lengths)
+        values = self.token_ids[shift + np.arange(len(shift))]
+        offsets = np.concatenate([np.zeros(1, np.int64), ends]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+    def common_prefix_lengths(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int32]:
+        """int32 [num_pairs]: how many leading tokens the prompts of rows `first[i]` and `second[i]` share."""
+        limits = np.minimum(self.lengths[first], self.lengths[second])
+        shared = np.zeros(len(first), np.int64)
+        active = np.flatnonzero(limits > 0)
+        width = _FIRST_SLICE
+        while len(active):
+            at = shared[active]
+            equal = self._num_equal(self.offsets[first[active]] + at, self.offsets[second[active]] + at, width)
+            shared[active] = np.minimum(at + equal, limits[active])
+            active = active[(equal == width) & (shared[active] < limits[active])]
+            width = min(width * 4, _MAX_SLICE)
+        return shared.astype(np.int32)
+
+    def _num_equal(self, first: NDArray[np.int64], second: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+        """int64 [num_pairs]: leading equal tokens among the `width` tokens at offsets `first` and `second`."""
+        windows = np.lib.stride_tricks.sliding_window_view(self.token_ids, width)
+        equal = np.empty(len(first), np.int64)
+        step = max(_MAX_COMPARED // width, 1)
+        for begin in range(0, len(first), step):
+            part = slice(begin, begin + step)
+            differs = windows[first[part]] != windows[second[part]]
+            equal[part] = np.where(differs.any(axis=1), differs.argmax(axis=1), width)
+        return equal
+
+
+@contextmanager
+def open_prompt_tokens(path: Path, folder: Path) -> Iterator[PromptTokens]:
+    """The column `prompt_token_ids` of the Parquet file `path`, kept in an unnamed temporary file in `folder`."""
+    lengths: list[NDArray[np.int64]] = []
+    with TemporaryFile(dir=folder) as file, pq.ParquetFile(path) as parquet:
+        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=["prompt_token_ids"]):
+            prompts = batch.column(0)
+            lengths.append(np.diff(prompts.offsets.to_numpy(zero_copy_only=False)).astype(np.int64))
+            prompts.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False).tofile(file)
+        np.zeros(_MAX_SLICE, np.int32).tofile(file)  # so that a slice may reach beyond the last prompt
+        file.flush()
+        offsets = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum()
+        yield PromptTokens(token_ids=np.memmap(file, dtype=np.int32, mode="r"), offsets=offsets)
