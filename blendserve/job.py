@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from blendserve.engine_process import Progress, find_plan, run_shard_process
@@ -29,9 +30,12 @@ from blendserve.manifest import PlanManifest, ShardManifest, read_manifest, repl
 from blendserve.merge import check_ids_are_unique, merge_results
 from blendserve.models.config import ModelConfig
 from blendserve.models.source import resolve_model
+from blendserve.schemas import RESULT_COLUMNS
 from blendserve.spec import JobSpec
 
 Announce = Callable[[str, dict[str, Any]], None]
+
+_PREVIEW = "is_preview"  # marks a plan that was made before any request ran
 
 
 def run(
@@ -64,6 +68,23 @@ def run(
         return finish(folder.root)
 
 
+def preview(spec: JobSpec, *, on_step: Announce | None = None) -> PlanManifest:
+    """Plan the job without running anything. A later `run` plans again, with the lengths that its sample shows."""
+    announce = on_step or (lambda _step, _result: None)
+    folder = JobFolder(Path(spec.output).absolute())
+    with holding(folder):
+        preflight(spec)
+        announce("extract", extract(spec))
+        announce("tokenize", tokenize(folder.root))
+        announce("analyze", analyze(folder.root))
+        is_planned = (folder.plan / "plan.json").is_file()
+        made = plan(folder.root)
+        if not is_planned:
+            (folder.plan / _PREVIEW).touch()
+        announce("plan", made.summary)
+        return made
+
+
 def preflight(spec: JobSpec) -> dict[str, Any]:
     """Check all that can be checked before any work starts: input, columns, template, model, output folder.
 
@@ -72,7 +93,7 @@ def preflight(spec: JobSpec) -> dict[str, Any]:
     files = open_input(spec.input)
     RequestReader.of(spec, files.schema)
     model_folder = resolve_model(spec.model)
-    config = ModelConfig.from_folder(model_folder)
+    config = ModelConfig.load(model_folder)
     folder = JobFolder(Path(spec.output).absolute())
     check_claimable(folder, JobRecord.of(spec, files, model_folder))
     return {
@@ -138,6 +159,7 @@ def choose_sample(root: Path) -> dict[str, Any]:
 def run_sample(root: Path, *, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
     """Choose and run the sample. Its completions are part of the result and are not computed again."""
     folder, _ = _open(root)
+    _drop_preview(folder)
     if (folder.plan / "plan.json").is_file():
         return {"num_requests": 0, "is_skipped": True}
     chosen = choose_sample(root)
@@ -219,6 +241,25 @@ def finish(root: Path) -> dict[str, Any]:
     with writing_to(folder.root), replacing(folder.success) as temporary:
         temporary.write_text(manifest["fingerprint"] + "\n", encoding="utf-8")
     return manifest
+
+
+def show(root: Path, num_rows: int) -> dict[str, Any]:
+    """A finished job for a person: `rows` (evenly spread over the result), `manifest`, `real_seconds` of its shards."""
+    folder, _ = _open(root)
+    manifest = _read_final_manifest(folder)
+    results = pads.dataset(folder.results, format="parquet", schema=RESULT_COLUMNS)
+    total = results.count_rows()
+    rows = results.take([position * total // num_rows for position in range(min(num_rows, total))]).to_pylist()
+    shards = [read_manifest(path, ShardManifest) for path in sorted(folder.completions.glob("shard-*/shard.json"))]
+    return {"rows": rows, "manifest": manifest, "real_seconds": sum(shard.seconds for shard in shards)}
+
+
+def _drop_preview(folder: JobFolder) -> None:
+    """Make way for a plan that knows the sample, unless shards of the preview have run."""
+    preview_mark = folder.plan / _PREVIEW
+    if preview_mark.is_file() and not folder.completions.is_dir():
+        (folder.plan / "plan.json").unlink(missing_ok=True)
+        preview_mark.unlink()
 
 
 def _open(root: Path) -> tuple[JobFolder, JobRecord]:

@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+import blendserve_sql
 from blendserve.errors import InputError, ReconciliationError
 from blendserve.job_folder import JobFolder
-from blendserve.planner.database import connect, query
+from blendserve.planner.database import compute, open_database
 from blendserve.schemas import COMPLETIONS, RESULT_COLUMNS
 
 _BATCH_ROWS = 8192
@@ -41,10 +42,13 @@ class MergedResults:
 
 def check_ids_are_unique(folder: JobFolder) -> None:
     """Raises InputError naming the first ids that more than one row of `requests` has."""
-    with connect(folder.work) as connection:
-        repeated = query(connection, "duplicate_request_ids", requests=str(folder.relation("requests"))).fetchall()
+    with open_database(folder.work) as connection:
+        parameters = {"requests": str(folder.relation("requests"))}
+        repeated = compute(connection, "duplicate_request_ids", parameters=parameters).to_pylist()
     if repeated:
-        shown = ", ".join(f"{name!r} (rows {first} and {last})" for name, first, last, _ in repeated)
+        shown = ", ".join(
+            f"{row['request_id']!r} (rows {row['first_row_index']} and {row['last_row_index']})" for row in repeated
+        )
         raise InputError(
             f"Request ids are not unique: {shown}. Each row needs an id of its own: fix the input, choose another "
             "--id-column, or leave it out to number the rows."
@@ -92,14 +96,14 @@ def merge_results(folder: JobFolder, *, allow_missing: bool) -> MergedResults:
 def _joined_batches(folder: JobFolder) -> Iterator[tuple[pa.Table, pa.ChunkedArray]]:
     """Input rows beside their results, with the outcome of each."""
     with (
-        connect(folder.work) as connection,
+        open_database(folder.work) as connection,
         pq.ParquetFile(folder.relation("input_rows")) as input_rows,
     ):
         files = [str(path) for path in completion_files(folder)]
         connection.register("completions", pads.dataset(files, schema=COMPLETIONS, format="parquet"))
         names = ("requests", "rejected_requests", "sorted_requests")
         paths = {name: str(folder.relation(name)) for name in names}
-        results = query(connection, "results", **paths).to_arrow_reader(_BATCH_ROWS)
+        results = connection.sql(blendserve_sql.read("results"), params=paths).to_arrow_reader(_BATCH_ROWS)
         chunks = _rechunk(results, _BATCH_ROWS)
         num_rows = 0
         for inputs in _rechunk(input_rows.iter_batches(batch_size=_BATCH_ROWS), _BATCH_ROWS):

@@ -124,6 +124,9 @@ class JobSpec(SamplingSpec, EngineSpec):
         title="Hardware",
         description="auto, cpu, a100-80gb, h100 or h200: what the plan's times are for.",
     )
+    force: bool = Field(
+        False, title="Start over", description="Discard what the output folder holds of an earlier job."
+    )
 
     @model_validator(mode="after")
     def _one_source_of_prompts(self) -> JobSpec:

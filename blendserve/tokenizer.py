@@ -5,7 +5,6 @@ Every request leaves either as a tokenized request or as a rejected one with its
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from blendserve.errors import ModelError, UsageError
 from blendserve.job_folder import JobFolder
 from blendserve.manifest import replacing
+from blendserve.models.config import ModelConfig
 from blendserve.schemas import REJECTED_REQUESTS, TOKENIZED_REQUESTS
 from blendserve.spec import JobSpec
 
@@ -47,8 +47,8 @@ class PromptTokenizer:
         """Raises ModelError for a folder without usable tokenizer, UsageError for a max_model_len beyond the model."""
         from transformers import AutoTokenizer  # costs a second: only where it's used
 
-        config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
-        context = int(config["max_position_embeddings"])
+        config = ModelConfig.load(model_folder)
+        context = config.max_position_embeddings
         if spec.max_model_len is not None and spec.max_model_len > context:
             raise UsageError(
                 f"Option 'max_model_len': the model's context is {context} tokens, got {spec.max_model_len}. "
@@ -61,7 +61,7 @@ class PromptTokenizer:
                 f"Model {spec.model} has no usable tokenizer in {model_folder}: {error}. Expected tokenizer.json and "
                 "tokenizer_config.json beside the weights."
             ) from error
-        return cls(tokenizer, int(config["vocab_size"]), spec.max_model_len or context, spec)
+        return cls(tokenizer, config.vocab_size, spec.max_model_len or context, spec)
 
     @property
     def has_chat_template(self) -> bool:

@@ -1,0 +1,219 @@
+"""The command line. Results go to stdout, progress and messages to stderr; with --json the last line is one object.
+
+Exit status: 0 done, 1 finished with failed rows under --on-row-error fail, 2 bad usage or input, 3 internal error,
+130 stopped on request.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+
+from blendserve import demo_data, job
+from blendserve.console import Console
+from blendserve.doctor import examine
+from blendserve.engine_process import find_plan
+from blendserve.errors import BlendServeError, Interrupted
+from blendserve.spec import JobSpec, load_job
+
+app = typer.Typer(
+    name="blendserve",
+    help="Offline LLM inference for data pipelines: Parquet in, Parquet out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_ROWS_FAILED = 1
+_INTERNAL_ERROR = 3
+_JOB_FILE = typer.Option("--job", help="YAML file with any of these options; options given here win.")
+_JSON = typer.Option("--json", help="Print one JSON object as the last line of stdout.")
+
+Body = Callable[..., tuple[dict[str, Any], int]]
+
+
+def main() -> None:
+    """Entry point of the `blendserve` command."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+    app()
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: a second one would break off the clean stop
+    raise Interrupted(
+        f"Stopped by {signal.Signals(number).name}. What is finished is kept; run the same command again to go on."
+    )
+
+
+def _reporting(body: Body) -> Callable[..., None]:
+    """Give a command `--json` and the exit statuses: `body` takes a Console and returns (result, exit status)."""
+
+    @functools.wraps(body)
+    def command(*, as_json: bool, **options: Any) -> None:
+        console = Console(is_quiet=as_json)
+        try:
+            result, status = body(console, **options)
+        except BlendServeError as error:
+            console.error(str(error))
+            result, status = {"status": "error", "error": str(error)}, error.exit_status
+        except Exception as error:  # noqa: BLE001 - the last resort: report it and say that it's our fault
+            console.error(traceback.format_exc())
+            console.error("This is a bug in BlendServe, not in your job. Finished work is kept.")
+            result, status = {"status": "error", "error": repr(error)}, _INTERNAL_ERROR
+        if as_json:
+            typer.echo(json.dumps({**result, "exit_status": status}, ensure_ascii=False))
+        raise typer.Exit(status)
+
+    own = list(inspect.signature(body).parameters.values())[1:]
+    flag = inspect.Parameter(
+        "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _JSON]
+    )
+    _set_signature(command, [*own, flag])
+    return command
+
+
+def _taking_a_job(body: Callable[[Console, JobSpec], tuple[dict[str, Any], int]]) -> Body:
+    """Give a command one option for each field of JobSpec, and `--job`; `body` gets the JobSpec that they make."""
+
+    @functools.wraps(body)
+    def command(console: Console, job_file: Path | None, **options: Any) -> tuple[dict[str, Any], int]:
+        stated = {name: value for name, value in options.items() if value is not None and value != []}
+        return body(console, load_job(job_file, stated))
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    file = inspect.Parameter("job_file", kind, default=None, annotation=Annotated[Path | None, _JOB_FILE])
+    fields = [inspect.Parameter(name, kind, default=None, annotation=_option_of(name)) for name in JobSpec.model_fields]
+    console = inspect.Parameter("console", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Console)
+    _set_signature(command, [console, file, *fields])
+    return command
+
+
+def _option_of(name: str) -> Any:
+    field = JobSpec.model_fields[name]
+    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
+    default = "" if field.is_required() or field.default in (None, (), False) else f" Default: {field.default}."
+    help_text = f"{field.description}{default}"
+    option = f"--{name.replace('_', '-')}"
+    if get_origin(field.annotation) is tuple:
+        return Annotated[list[str] | None, typer.Option(option, help=help_text)]
+    if kinds == [bool]:
+        return Annotated[bool | None, typer.Option(f"{option}/--no-{option[2:]}", help=help_text)]
+    kind = kinds[0] if kinds[0] in (int, float) else str
+    metavar = None if isinstance(kinds[0], type) else "|".join(map(str, kinds))
+    return Annotated[kind | None, typer.Option(option, help=help_text, metavar=metavar)]
+
+
+def _set_signature(function: Callable[..., Any], parameters: list[inspect.Parameter]) -> None:
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+@app.command()
+@_reporting
+@_taking_a_job
+def run(console: Console, spec: JobSpec) -> tuple[dict[str, Any], int]:
+    """Run a job from Parquet to Parquet, or go on with one that was stopped."""
+    with console.progress() as on_progress:
+        manifest = job.run(spec, on_step=console.step, on_progress=on_progress)
+    console.finished(manifest)
+    counts = manifest["counts"]
+    has_failed_rows = counts["failed"] + counts["rejected"] > 0
+    return manifest, _ROWS_FAILED if has_failed_rows and spec.on_row_error == "fail" else 0
+
+
+@app.command()
+@_reporting
+@_taking_a_job
+def plan(console: Console, spec: JobSpec) -> tuple[dict[str, Any], int]:
+    """Order a job and predict its time, without running anything: no GPU is needed."""
+    made = job.preview(spec, on_step=console.step)
+    folder = find_plan(Path(spec.output))
+    return {**made.model_dump(mode="json"), "plan_dir": str(folder)}, 0
+
+
+@app.command("run-shard")
+@_reporting
+def run_shard(
+    console: Console,
+    plan_dir: Annotated[Path, typer.Argument(help="The plan's folder, or the output folder that holds it.")],
+    shard: Annotated[int, typer.Argument(help="Which shard, from 0.")],
+) -> tuple[dict[str, Any], int]:
+    """Run one shard of a plan; a finished shard is not run again."""
+    with console.progress() as on_progress:
+        done = job.run_shard(plan_dir, shard, on_progress=on_progress)
+    console.step("run_shard", done.model_dump(mode="json"))
+    return done.model_dump(mode="json"), 0
+
+
+@app.command()
+@_reporting
+def merge(
+    console: Console, output: Annotated[Path, typer.Argument(metavar="DIR", help="The job's output folder.")]
+) -> tuple[dict[str, Any], int]:
+    """Put the completions of all shards and the input rows together: results, manifest, report, _SUCCESS."""
+    console.step("merge", job.merge(output))
+    job.report(output)
+    manifest = job.finish(output)
+    console.finished(manifest)
+    return manifest, 0
+
+
+@app.command()
+@_reporting
+def report(
+    console: Console, output: Annotated[Path, typer.Argument(metavar="DIR", help="The job's output folder.")]
+) -> tuple[dict[str, Any], int]:
+    """Draw the HTML report of a job again."""
+    path = job.report(output)
+    console.say(str(path))
+    return {"report": str(path)}, 0
+
+
+@app.command()
+@_reporting
+def show(
+    console: Console,
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="The job's output folder.")],
+    rows: Annotated[int, typer.Option("--rows", min=1, help="How many result rows.")] = 6,
+) -> tuple[dict[str, Any], int]:
+    """Show a finished job: some rows of the result, the plan beside what really happened, where the report is."""
+    finished = job.show(output, rows)
+    console.results(finished["rows"])
+    console.step("plan", finished["manifest"]["plan"] | {"real_seconds": finished["real_seconds"]})
+    console.finished(finished["manifest"])
+    return finished, 0
+
+
+@app.command("demo-data")
+@_reporting
+def make_demo_data(
+    console: Console,
+    output: Annotated[Path, typer.Option("--output", help="Parquet file to write.")],
+    rows: Annotated[int, typer.Option("--rows", min=3, help="Number of rows.")] = demo_data.DEFAULT_ROWS,
+) -> tuple[dict[str, Any], int]:
+    """Write rows of three kinds with different needs, to try a job on."""
+    counts = demo_data.write(output, rows)
+    console.say(f"{output}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    return {"path": str(output), "rows_by_kind": counts}, 0
+
+
+@app.command()
+@_reporting
+def doctor(console: Console) -> tuple[dict[str, Any], int]:
+    """Check what this machine can run and name what is missing."""
+    findings = examine()
+    console.findings(findings)
+    is_fit = all(finding.is_fine or not finding.is_required for finding in findings)
+    return {"findings": [finding.as_dict() for finding in findings], "is_fit": is_fit}, 0 if is_fit else 2

@@ -1,0 +1,135 @@
+"""What a command shows a person: progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import rich.console
+import rich.progress
+import rich.table
+import rich.text
+
+from blendserve.doctor import Finding
+from blendserve.engine_process import Progress
+
+_SUMMARY_LABELS = {
+    "num_requests": "requests to run",
+    "num_duplicates": "answered by an equal request",
+    "num_prompt_tokens": "prompt tokens",
+    "estimated_output_tokens": "output tokens, estimated",
+    "prefix_sharing_optimal": "prefix sharing possible",
+    "prefix_sharing": "prefix sharing kept",
+    "density": "compute density",
+    "density_left": "density at the compute-heavy end",
+    "density_right": "density at the memory-heavy end",
+    "predicted_seconds": "predicted seconds",
+    "real_seconds": "real seconds",
+    "num_shards": "shards",
+    "hardware": "hardware",
+}
+
+
+_SHOWN_CHARACTERS = 160
+_TABLE_WIDTH = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Console:
+    """`is_quiet` leaves stdout to the command's JSON line."""
+
+    is_quiet: bool = False
+
+    @property
+    def _out(self) -> rich.console.Console:
+        return rich.console.Console(quiet=self.is_quiet, highlight=False, soft_wrap=True)
+
+    @property
+    def _err(self) -> rich.console.Console:
+        return rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self._out.print(text, markup=False)
+
+    def error(self, text: str) -> None:
+        self._err.print(text, markup=False)
+
+    def step(self, name: str, result: dict[str, Any]) -> None:
+        """One line for a finished step; a table for the plan."""
+        if name == "plan":
+            self._out.print(plan_table(result))
+            for warning in result.get("warnings", ()):
+                self.error(f"warning: {warning}")
+            return
+        shown = ", ".join(f"{key} {value}" for key, value in result.items() if isinstance(value, (int, float, str)))
+        self._err.print(f"{name}: {shown}", markup=False)
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[Progress], None]]:
+        """A bar on stderr that the engine's progress messages move."""
+        columns = (
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn("{task.fields[rate]}"),
+            rich.progress.TimeElapsedColumn(),
+        )
+        with rich.progress.Progress(*columns, console=self._err, transient=True) as bar:
+            task = bar.add_task("requests", total=None, rate="", visible=False)
+
+            def on_progress(message: Progress) -> None:
+                rate = message.get("tokens_per_second")
+                shown = "" if rate is None else f"{rate:,.0f} tokens/s"
+                bar.update(task, visible=True, completed=message["done"], total=message["total"], rate=shown)
+
+            yield on_progress
+
+    def results(self, rows: list[dict[str, Any]]) -> None:
+        """Some result rows, long texts cut."""
+        table = rich.table.Table("request", "finish", "tokens in / cached / out", "completion", title="Results")
+        for row in rows:
+            tokens = [row[f"num_{name}_tokens"] for name in ("prompt", "cached", "completion")]
+            text = " ".join((row["completion"] or row["error"] or "").split())
+            text = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
+            shown = rich.text.Text(text)
+            table.add_row(row["request_id"], row["finish_reason"], " / ".join(map(str, tokens)), shown)
+        rich.console.Console(quiet=self.is_quiet, width=_TABLE_WIDTH).print(table)
+
+    def finished(self, manifest: dict[str, Any]) -> None:
+        """Counts, tokens, and where everything is."""
+        counts = manifest["counts"]
+        if manifest.get("already_done"):
+            self.say("This job is finished already: nothing was run. Give --force to run it again.")
+        table = rich.table.Table(title="Job finished", show_header=False)
+        for label, value in counts.items():
+            table.add_row(label.replace("_", " "), f"{value:,}")
+        for label, value in manifest["tokens"].items():
+            table.add_row(label.removeprefix("num_").replace("_", " "), f"{value:,}")
+        output = manifest["spec"]["output"]
+        table.add_row("results", f"{output}/results")
+        table.add_row("report", f"{output}/report.html")
+        self._out.print(table)
+
+    def findings(self, findings: list[Finding]) -> None:
+        table = rich.table.Table("", "what", "found", "what to do")
+        for finding in findings:
+            mark = "ok" if finding.is_fine else ("missing" if finding.is_required else "optional")
+            table.add_row(mark, finding.what, finding.found, "" if finding.is_fine else finding.remedy)
+        self._out.print(table)
+
+
+def plan_table(summary: dict[str, Any]) -> rich.table.Table:
+    """The plan's summary, one quantity a row."""
+    table = rich.table.Table(title="Plan", show_header=False)
+    for key, label in _SUMMARY_LABELS.items():
+        if key in summary:
+            table.add_row(label, _shown(key, summary[key]))
+    return table
+
+
+def _shown(key: str, value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.1%}" if key.startswith("prefix_sharing") else f"{value:,.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
