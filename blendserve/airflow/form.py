@@ -1,0 +1,89 @@
+"""The trigger form: Airflow params made from the JSON schema of `JobSpec`, so that both state the same limits.
+
+The fields that every job needs stand open at the top; the others are grouped in sections, which start closed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from airflow.sdk import Param
+
+from blendserve.airflow import configuration
+from blendserve.spec import EngineSpec, JobSpec, SamplingSpec
+
+OPEN_FIELDS = ("input", "output", "model", "max_tokens")
+PROMPT_FIELDS = ("id_column", "prompt_column", "template", "system", "raw", "truncate_prompt", "limit")
+MULTILINE_FIELDS = ("template", "system")
+
+ENUM_LABELS = {
+    "policy": {
+        "blend": "Blend: share prefixes, balance compute and memory",
+        "dfs": "Depth first: share prefixes only",
+        "fcfs": "First come, first served",
+        "random": "Random order",
+        "longest": "Longest first",
+    },
+    "on_row_error": {"continue": "Go on; failed rows carry their error", "fail": "Fail the run when any row failed"},
+    "device": {"auto": "A GPU where there is one", "cpu": "CPU", "cuda": "GPU"},
+    "dtype": {
+        "auto": "As the device likes it",
+        "float32": "float32",
+        "bfloat16": "bfloat16",
+        "float16": "float16",
+    },
+    "load_format": {"auto": "From the model's files", "dummy": "Random, for benchmarks"},
+}
+
+
+def form_params(**defaults: Any) -> dict[str, Param]:
+    """A param for every field of `JobSpec`, in the order of the form.
+
+    `defaults` replace the proposed values of single fields, by name.
+    """
+    properties = JobSpec.model_json_schema()["properties"]
+    proposed = {
+        "input": configuration.get("default_input"),
+        "output": configuration.get("default_output"),
+        "model": configuration.get("default_model"),
+        **defaults,
+    }
+    ordered = [*OPEN_FIELDS, *(name for name in properties if name not in OPEN_FIELDS)]
+    return {name: _param(name, properties[name], proposed) for name in ordered}
+
+
+def _param(name: str, field: dict[str, Any], proposed: dict[str, Any]) -> Param:
+    schema = _without_union(field)
+    default = proposed.get(name, schema.pop("default", None))
+    schema.pop("default", None)
+    description = schema.pop("description", "")
+    if name not in OPEN_FIELDS:
+        schema["section"] = _section(name)
+    if name in MULTILINE_FIELDS:
+        schema["format"] = "multiline"
+    if "enum" in schema:
+        schema["values_display"] = {value: ENUM_LABELS.get(name, {}).get(value, value) for value in schema["enum"]}
+    return Param(default, description=description, **schema)
+
+
+def _without_union(field: dict[str, Any]) -> dict[str, Any]:
+    """`field` in the shape that Airflow's form understands.
+
+    pydantic states `int | None` as `anyOf`, the form wants a list of types. Lists of strings get the form's JSON
+    editor (a list of one item type does that), because its plain text area can't hold a newline within an item.
+    """
+    schema = dict(field)
+    if options := schema.pop("anyOf", None):
+        (stated,) = [option for option in options if option["type"] != "null"]
+        schema |= {**stated, "type": ["null", stated["type"]]}
+    if schema["type"] == "array":
+        schema["items"] = {"type": [schema["items"]["type"]]}
+    return schema
+
+
+def _section(name: str) -> str:
+    if name in SamplingSpec.model_fields:
+        return "Sampling"
+    if name in EngineSpec.model_fields:
+        return "Engine"
+    return "Prompts" if name in PROMPT_FIELDS else "Planning"

@@ -1,0 +1,84 @@
+"""From what a DAG's author states and what a person types into the trigger form to one validated `JobSpec`.
+
+A DAG's author is trusted. The form is not: its paths must lie in the folders that the administrator allows, and
+nothing typed into it is ever rendered as an Airflow template.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from blendserve.airflow import configuration
+from blendserve.errors import UsageError
+from blendserve.spec import JobSpec, describe_validation_error
+
+_GLOB_CHARACTERS = re.compile(r"[*?\[]")
+
+
+def job_spec(options: Mapping[str, Any], form: Mapping[str, Any], run_id: str) -> JobSpec:
+    """The job that `options` (the DAG's author, rendered) and `form` (the trigger form; wins) state together.
+
+    `{run_id}` in the output becomes the run's id; relative paths start at the data folder.
+    Raises UsageError with a line for each wrong field, naming it.
+    """
+    values = {**options, **_stated(form)}
+    try:
+        spec = JobSpec.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(describe_validation_error(error)) from error
+    paths = {
+        "input": _absolute(spec.input),
+        "output": _absolute(spec.output.replace("{run_id}", path_name(run_id))),
+        "model": _absolute(spec.model) if Path(_absolute(spec.model)).is_dir() else spec.model,
+    }
+    spec = spec.model_copy(update=paths)
+    for name in paths:
+        if name in form:
+            _check_allowed(name, getattr(spec, name))
+    return spec
+
+
+def path_name(run_id: str) -> str:
+    """`run_id` as the name of one folder: whoever triggers a run chooses its id freely."""
+    return re.sub(r"[^A-Za-z0-9_.+-]", "-", run_id).lstrip(".") or "run"
+
+
+def _stated(form: Mapping[str, Any]) -> dict[str, Any]:
+    """The form without its empty text fields: emptied optional fields arrive as "" from some clients."""
+    optional = {name for name, field in JobSpec.model_fields.items() if field.default is None}
+    return {name: None if value == "" and name in optional else value for name, value in form.items()}
+
+
+def _absolute(path: str) -> str:
+    if "://" in path:
+        return path
+    return str(configuration.data_folder() / Path(path).expanduser())
+
+
+def _check_allowed(name: str, value: str) -> None:
+    if name == "model" and not Path(value).is_absolute() and ".." not in Path(value).parts:
+        return  # a short name or a hub name
+    allowed = configuration.allowed_paths()
+    if ".." not in Path(value).parts and any(_lies_in(value, place) for place in allowed):
+        return
+    raise UsageError(
+        f"Option '{name}': {value!r} lies outside the places that the trigger form may use: {', '.join(allowed)}. "
+        f"Choose a path in one of them, without '..', or ask the administrator to add the folder to "
+        f"[{configuration.SECTION}] allowed_paths."
+    )
+
+
+def _lies_in(value: str, place: str) -> bool:
+    """Whether the path or URL `value` lies in the folder or below the URL prefix `place`, symbolic links followed."""
+    if "://" in value or "://" in place:
+        return value == place or value.startswith(place.rstrip("/") + "/")
+    fixed = Path(value)
+    while _GLOB_CHARACTERS.search(str(fixed)):
+        fixed = fixed.parent
+    return Path(os.path.realpath(fixed)).is_relative_to(os.path.realpath(place))

@@ -1,0 +1,155 @@
+"""Airflow on this machine alone, ready for BlendServe: its own home folder, the GPU pool, the project's DAGs.
+
+    python -m blendserve.airflow.standalone                              the UI on localhost, until Ctrl-C
+    python -m blendserve.airflow.standalone run blendserve_batch --conf '{"limit": 10}'    one run, without a server
+
+The home folder is $BLENDSERVE_AIRFLOW_HOME, or `.airflow` in the working directory. Every setting made here is a
+default: an `AIRFLOW__…` variable that is set already wins. Without login and with SQLite, this is for trying things
+out; `docker/` holds what a team runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import httpx
+import typer
+
+from blendserve.airflow import configuration
+from blendserve.errors import BlendServeError
+
+START_SECONDS = 120.0
+STOP_SECONDS = 20.0
+
+app = typer.Typer(add_completion=False, help="Airflow on this machine alone, ready for BlendServe.")
+
+
+class AirflowStartError(BlendServeError):
+    """Airflow ended, or was not healthy in time."""
+
+
+def environment(home: Path, dags_folder: Path, port: int) -> dict[str, str]:
+    """Settings of a light Airflow for one person, by environment variable; what is set already wins."""
+    address = f"http://127.0.0.1:{port}"
+    defaults = {
+        "AIRFLOW_HOME": str(home),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(dags_folder),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__CORE__PARALLELISM": "4",
+        "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{address}/execution/",
+        "AIRFLOW__API__HOST": "127.0.0.1",
+        "AIRFLOW__API__PORT": str(port),
+        "AIRFLOW__API__BASE_URL": address,
+        "AIRFLOW__API__WORKERS": "1",
+        "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "10",
+        "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "10",
+        "AIRFLOW__DAG_PROCESSOR__PARSING_PROCESSES": "1",
+        "AIRFLOW__BLENDSERVE__DATA_FOLDER": str(Path.cwd()),
+    }
+    # Airflow starts its parts as `airflow …`: the one beside this interpreter, also when the environment isn't active.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    return {**defaults, **os.environ, "PATH": path}
+
+
+def prepare() -> None:
+    """Create or upgrade Airflow's database and make the GPU pool. Reads the settings from the environment."""
+    from airflow.models.pool import Pool
+    from airflow.utils import db
+
+    db.initdb()
+    name = configuration.get("gpu_pool")
+    if Pool.get_pool(name) is None:
+        Pool.create_or_update_pool(
+            name,
+            slots=configuration.get_integer("gpu_pool_slots"),
+            description="One slot a GPU: the tasks that run BlendServe's engine.",
+            include_deferred=False,
+        )
+
+
+@app.callback(invoke_without_command=True)
+def serve(
+    context: typer.Context,
+    dags: Annotated[Path, typer.Option(help="Folder of the DAG files.")] = Path("dags"),
+    port: Annotated[int, typer.Option(help="Port of the UI on localhost.")] = 8080,
+) -> None:
+    """Start the UI and everything behind it; stop it all with Ctrl-C."""
+    home = Path(os.environ.get("BLENDSERVE_AIRFLOW_HOME", ".airflow")).absolute()
+    os.environ.update(environment(home, dags.absolute(), port))
+    prepare()
+    if context.invoked_subcommand is None:
+        raise typer.Exit(_serve_until_stopped(f"http://127.0.0.1:{port}"))
+
+
+@app.command()
+def run(
+    dag_id: Annotated[str, typer.Argument(help="Which DAG.")],
+    conf: Annotated[str, typer.Option(help="Params of the run, as JSON.")] = "{}",
+) -> None:
+    """Run a DAG once, to its end, in this process; the exit status says how it went."""
+    os.environ.setdefault("AIRFLOW__LOGGING__LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("AIRFLOW__LOGGING__NAMESPACE_LEVELS", "blendserve=INFO")
+    os.execv(sys.executable, [sys.executable, "-m", "airflow", "dags", "test", dag_id, "--conf", conf])  # noqa: S606
+
+
+def _serve_until_stopped(address: str) -> int:
+    process = subprocess.Popen([sys.executable, "-m", "airflow", "standalone"], start_new_session=True)
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        _wait_until_healthy(process, address)
+        typer.echo(f"\nAirflow is ready: {address}\nTrigger the DAG at {address}/dags/blendserve_batch\n")
+        return process.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _stop_group(process)
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], address: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        if is_healthy(address):
+            return
+        time.sleep(0.5)
+    raise AirflowStartError(
+        f"Airflow did not get healthy at {address} within {START_SECONDS:.0f} s; its own lines above say why. "
+        "Is the port taken? Choose another with --port."
+    )
+
+
+def is_healthy(address: str) -> bool:
+    """Whether the API server, the scheduler and the DAG processor all answer."""
+    try:
+        state = httpx.get(f"{address}/api/v2/monitor/health", timeout=5).json()
+    except (httpx.HTTPError, ValueError):
+        return False
+    return all(state[part]["status"] == "healthy" for part in ("metadatabase", "scheduler", "dag_processor"))
+
+
+def _stop_group(process: subprocess.Popen[bytes]) -> None:
+    """End Airflow and all that it started. They share the session that `process` leads."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(timeout=STOP_SECONDS)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+if __name__ == "__main__":
+    app()

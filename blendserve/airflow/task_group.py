@@ -1,0 +1,121 @@
+"""The steps of a job as one task group, for any DAG.
+
+    with DAG("nightly_summaries", schedule="@daily"):
+        BlendServeBatch(
+            input="/data/articles/{{ ds }}.parquet",
+            output="/data/summaries/{{ ds }}",
+            model="/models/llama-3-8b",
+            template="Summarize in one sentence: {{ body }}",
+        )
+
+Options are the fields of `JobSpec`. Strings are Airflow templates, except `template`, which is Jinja over the rows.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from airflow.sdk import Asset, TaskGroup
+
+from blendserve.airflow import configuration
+from blendserve.airflow.operators import (
+    AnalyzeOperator,
+    ExtractOperator,
+    GateOperator,
+    MergeOperator,
+    PlanOperator,
+    PreflightOperator,
+    ReportOperator,
+    RunShardOperator,
+    SampleOperator,
+    TokenizeOperator,
+)
+from blendserve.errors import UsageError
+from blendserve.spec import JobSpec
+
+DEFAULT_EXECUTION_TIMEOUT = timedelta(hours=12)
+
+
+class BlendServePlan(TaskGroup):  # type: ignore[misc]
+    """preflight → extract → tokenize → analyze → plan, without an engine: what a job would cost and share.
+
+    :param group_id: name of the group in the DAG.
+    :param use_params: the run's params (the trigger form) win over the options.
+    :param options: fields of `JobSpec`.
+    """
+
+    def __init__(self, group_id: str = "blendserve_plan", *, use_params: bool = False, **options: Any) -> None:
+        super().__init__(group_id=group_id)
+        with self:
+            root, prepared = _prepare(options, use_params)
+            prepared >> PlanOperator(task_id="plan", root=root)
+
+
+class BlendServeBatch(TaskGroup):  # type: ignore[misc]
+    """A whole job: preflight → extract → tokenize → analyze → sample → plan → run_shard … → merge → report → gate.
+
+    `run_shard` is mapped over the shards of the plan. It and `sample` run in the GPU pool, a slot each. merge runs
+    also when shards failed, so that what is finished can be used; then gate fails the run.
+
+    :param group_id: name of the group in the DAG.
+    :param use_params: the run's params (the trigger form) win over the options.
+    :param results_asset: gets an event with `rows`, `failed` and `path` when the job is done.
+    :param pool: pool of the tasks that run the engine; by default `[blendserve] gpu_pool`.
+    :param queue: queue of these tasks; by default `[blendserve] gpu_queue`, or else the executor's default queue.
+    :param retries: attempts after the first one; each goes on where the last one stopped.
+    :param execution_timeout: longest time for one shard.
+    :param options: fields of `JobSpec`.
+    """
+
+    def __init__(
+        self,
+        group_id: str = "blendserve",
+        *,
+        use_params: bool = False,
+        results_asset: Asset | None = None,
+        pool: str | None = None,
+        queue: str | None = None,
+        retries: int = 2,
+        retry_delay: timedelta = timedelta(seconds=30),
+        execution_timeout: timedelta = DEFAULT_EXECUTION_TIMEOUT,
+        **options: Any,
+    ) -> None:
+        super().__init__(group_id=group_id, default_args={"retries": retries, "retry_delay": retry_delay})
+        on_gpu = _gpu_placement(pool, queue) | {"execution_timeout": execution_timeout}
+        with self:
+            root, prepared = _prepare(options, use_params)
+            sample = SampleOperator(task_id="sample", root=root, **on_gpu)
+            plan = PlanOperator(task_id="plan", root=root)
+            run_shard = RunShardOperator.partial(
+                task_id="run_shard",
+                root=root,
+                map_index_template="shard {{ task.shard['shard'] }} · density {{ task.shard['density'] }}",
+                **on_gpu,
+            ).expand(shard=plan.output)
+            merge = MergeOperator(task_id="merge", root=root, trigger_rule="all_done_min_one_success")
+            report = ReportOperator(task_id="report", root=root)
+            gate = GateOperator(task_id="gate", root=root, results_asset=results_asset, retries=0)
+            prepared >> sample >> plan >> run_shard >> merge >> report >> gate
+            plan >> merge  # so that merge waits for a plan that worked, not for shards that worked
+
+
+def _prepare(options: dict[str, Any], use_params: bool) -> tuple[str, AnalyzeOperator]:
+    """The steps before the first GPU task; returns the job's folder, known once preflight ran, and the last step."""
+    if unknown := sorted(set(options) - set(JobSpec.model_fields)):
+        raise UsageError(f"Unknown option(s) {', '.join(unknown)}. Known: {', '.join(sorted(JobSpec.model_fields))}.")
+    preflight = PreflightOperator(task_id="preflight", options=options, use_params=use_params)
+    # A template rather than `preflight.output`, which would make preflight an upstream of every task and so count as
+    # the one success that merge waits for.
+    root = f"{{{{ ti.xcom_pull(task_ids='{preflight.task_id}')['root'] }}}}"
+    extract = ExtractOperator(task_id="extract", options=options, use_params=use_params)
+    tokenize = TokenizeOperator(task_id="tokenize", root=root)
+    analyze = AnalyzeOperator(task_id="analyze", root=root)
+    preflight >> extract >> tokenize >> analyze
+    return root, analyze
+
+
+def _gpu_placement(pool: str | None, queue: str | None) -> dict[str, Any]:
+    """Pool and queue of the tasks that run the engine. Airflow renders neither, so they come from configuration."""
+    placement = {"pool": pool or configuration.get("gpu_pool"), "queue": queue or configuration.get("gpu_queue")}
+    return {name: value for name, value in placement.items() if value}
