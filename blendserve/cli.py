@@ -94,7 +94,8 @@ def _taking_a_job(body: Callable[[Console, JobSpec], tuple[dict[str, Any], int]]
 
     kind = inspect.Parameter.KEYWORD_ONLY
     file = inspect.Parameter("job_file", kind, default=None, annotation=Annotated[Path | None, _JOB_FILE])
-    fields = [inspect.Parameter(name, kind, default=None, annotation=_option_of(name)) for name in JobSpec.model_fields]
+    own_first = sorted(JobSpec.model_fields, key=lambda name: name not in JobSpec.__annotations__)
+    fields = [inspect.Parameter(name, kind, default=None, annotation=_option_of(name)) for name in own_first]
     console = inspect.Parameter("console", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Console)
     _set_signature(command, [console, file, *fields])
     return command

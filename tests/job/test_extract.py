@@ -1,0 +1,154 @@
+"""From rows to requests: ids, prompts of every kind, templates, and the reason of every row that can't run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from blendserve.errors import BlendServeError, InputError, UsageError
+from blendserve.extract import extract_requests
+from blendserve.input_files import open_input
+from blendserve.job_folder import JobFolder
+from blendserve.merge import check_ids_are_unique
+from blendserve.spec import load_job
+
+NOT_UTF8 = b"caf\xe9"
+
+
+def extract(tmp_path: Path, table: pa.Table, **options: Any) -> list[dict[str, Any]]:
+    pq.write_table(table, tmp_path / "input.parquet")
+    spec = load_job(None, {"input": str(tmp_path / "input.parquet"), "output": str(tmp_path / "job"), **options})
+    folder = JobFolder(tmp_path / "job")
+    extract_requests(spec, open_input(spec.input), folder)
+    check_ids_are_unique(folder)
+    assert pq.read_table(folder.relation("input_rows")).equals(table)
+    rows: list[dict[str, Any]] = pq.read_table(folder.relation("requests")).to_pylist()
+    for row in rows:
+        kinds = ("prompt", "messages", "prompt_token_ids", "error")
+        assert sum(row[kind] is not None for kind in kinds) == 1
+    return rows
+
+
+def test_rows_are_numbered_without_an_id_column(tmp_path: Path) -> None:
+    rows = extract(tmp_path, pa.table({"prompt": ["a", "b"]}))
+    assert [(row["row_index"], row["request_id"], row["prompt"]) for row in rows] == [(0, "0", "a"), (1, "1", "b")]
+
+
+@pytest.mark.parametrize("ids", [pa.array([7, 5]), pa.array(["7", "5"]), pa.array(["7", "5"]).dictionary_encode()])
+def test_ids_from_a_column(tmp_path: Path, ids: pa.Array) -> None:
+    rows = extract(tmp_path, pa.table({"key": ids, "prompt": ["a", "b"]}), id_column="key")
+    assert [row["request_id"] for row in rows] == ["7", "5"]
+
+
+def test_column_request_id_is_taken_unasked(tmp_path: Path) -> None:
+    assert extract(tmp_path, pa.table({"request_id": ["x"], "prompt": ["a"]}))[0]["request_id"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        ({"id": ["a", "a"], "prompt": ["x", "y"]}, {"id_column": "id"}, r"not unique: 'a' \(rows 0 and 1\)"),
+        ({"id": ["a", None], "prompt": ["x", "y"]}, {"id_column": "id"}, "'id' is null in row 1"),
+        ({"id": [0.5], "prompt": ["x"]}, {"id_column": "id"}, "has type double, expected text or integers"),
+        ({"prompt": ["x"]}, {"id_column": "id"}, "no column 'id' to take the id from. Its columns are: prompt"),
+        ({"text": ["x"]}, {}, "none of the columns prompt_token_ids, messages, prompt"),
+        ({"text": ["x"]}, {"prompt_column": "body"}, "no column 'body' to take the prompt from"),
+        ({"prompt": [3]}, {}, "'prompt' has type int64"),
+        ({"prompt": ["x"], "completion": ["y"]}, {}, "completion have names that the output needs"),
+        ({"prompt": ["x"], "max_tokens": ["many"]}, {}, "'max_tokens' has type string, expected integers"),
+        ({"a": ["x"]}, {"template": "{{ b }}"}, "no column 'b' to take the template's value from"),
+    ],
+)
+def test_unusable_columns_stop_the_job(
+    tmp_path: Path, table: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        extract(tmp_path, pa.table(table), **options)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("hello", "names no column"), ("{{ a", "can't be parsed"), ("{% if %}", "can't be parsed")],
+)
+def test_bad_templates_stop_the_job(tmp_path: Path, template: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        extract(tmp_path, pa.table({"a": ["x"]}), template=template)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([None], pa.string()), "the prompt is null"),
+        (pa.nulls(1), "the prompt is null"),
+        (pa.array([""]), "the prompt is empty"),
+        (pa.array([" \n"]), "the prompt is empty"),
+        (
+            pa.array([NOT_UTF8]),
+            "no UTF-8 text: invalid continuation byte at byte 3|no UTF-8 text: unexpected end of data",
+        ),
+        (pa.array([NOT_UTF8]).view(pa.string()), "no UTF-8 text"),
+        (pa.array([None], pa.list_(pa.int32())), "the prompt is null"),
+        (pa.array([[]], pa.list_(pa.int32())), "the prompt is empty"),
+        (pa.array([[1, None]], pa.list_(pa.int32())), r"prompt_token_ids\[1\] is None"),
+        (pa.array([[1, -1]], pa.list_(pa.int64())), r"prompt_token_ids\[1\] is -1"),
+        (pa.array([[{"role": "user", "content": None}]]), r"messages\[0\] has no text in 'content'"),
+        (pa.array([[{"content": "x"}]]), r"messages\[0\] has no text in 'role'"),
+    ],
+)
+def test_a_bad_row_gets_its_reason_and_the_next_row_runs(tmp_path: Path, column: pa.Array, message: str) -> None:
+    table = pa.table({"prompt": column})
+    error = extract(tmp_path, table)[0]["error"]
+    assert error is not None
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "expected"),
+    [
+        (pa.array(["x"]), "prompt", "x"),
+        (pa.array(["x"], pa.large_string()), "prompt", "x"),
+        (pa.array(["x"]).dictionary_encode(), "prompt", "x"),
+        (pa.array(["ü".encode()]), "prompt", "ü"),
+        (pa.array([[1, 2]], pa.list_(pa.int64())), "prompt_token_ids", [1, 2]),
+        (pa.array([[{"role": "user", "content": "x"}]]), "messages", [{"role": "user", "content": "x"}]),
+    ],
+)
+def test_every_kind_of_prompt(tmp_path: Path, column: pa.Array, kind: str, expected: object) -> None:
+    assert extract(tmp_path, pa.table({"ask": column}), prompt_column="ask")[0][kind] == expected
+
+
+def test_a_template_sees_the_columns_that_it_names(tmp_path: Path) -> None:
+    table = pa.table({"a": ["x", None, "z"], "n": [1, 2, 3], "unused": [None, None, None]})
+    rows = extract(tmp_path, table, template="{{ a }}-{{ n + 1 }}")
+    assert [row["prompt"] for row in rows] == ["x-2", None, "z-4"]
+    assert rows[1]["error"] == "column 'a', which the template names, is null"
+
+
+def test_a_template_that_fails_fails_its_row(tmp_path: Path) -> None:
+    rows = extract(tmp_path, pa.table({"n": [0, 2]}), template="{{ 4 // n }}")
+    assert "ZeroDivisionError" in rows[0]["error"]
+    assert rows[1]["prompt"] == "2"
+
+
+def test_a_template_can_not_leave_its_sandbox(tmp_path: Path) -> None:
+    rows = extract(tmp_path, pa.table({"a": ["x"]}), template="{{ a.__class__.__mro__ }}")
+    assert "SecurityError" in rows[0]["error"]
+
+
+def test_own_limits_and_hints(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["a"] * 4, "max_tokens": [5, None, 0, 2**40], "output_tokens_hint": [0, None, 3, -4]})
+    rows = extract(tmp_path, table)
+    assert [row["max_tokens"] for row in rows] == [5, None, 1, 2**31 - 1]
+    assert [row["output_tokens_hint"] for row in rows] == [1, None, 3, 1]
+    assert rows[2]["error"] == "max_tokens is 0, expected >= 1"
+
+
+def test_all_errors_end_a_command_with_status_two(tmp_path: Path) -> None:
+    with pytest.raises(BlendServeError) as caught:
+        extract(tmp_path, pa.table({"text": ["x"]}))
+    assert caught.value.exit_status == 2

@@ -1,0 +1,136 @@
+"""How a job takes hold of its output folder: what it keeps, what it refuses, what only force discards."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from blendserve.errors import OutputError
+from blendserve.input_files import open_input
+from blendserve.job_folder import JobFolder
+from blendserve.job_record import JobRecord, claim, holding, read_record, writing_to
+from blendserve.spec import load_job
+
+
+@pytest.fixture
+def make_record(tmp_path: Path, tiny_model: Path) -> Any:
+    def make(text: str = "x", **options: Any) -> JobRecord:
+        path = tmp_path / "input.parquet"
+        pq.write_table(pa.table({"prompt": [text]}), path)
+        spec = load_job(None, {"input": str(path), "output": str(tmp_path / "job"), **options})
+        return JobRecord.of(spec, open_input(spec.input), tiny_model)
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> JobFolder:
+    return JobFolder(tmp_path / "job")
+
+
+def leave_work(folder: JobFolder) -> Path:
+    path = folder.completions / "shard-00000" / "part-00000.parquet"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    folder.plan.mkdir()
+    (folder.plan / "plan.json").touch()
+    return path
+
+
+def test_the_same_job_keeps_its_work(folder: JobFolder, make_record: Any) -> None:
+    claim(folder, make_record())
+    work = leave_work(folder)
+    claim(folder, make_record())
+    assert work.is_file()
+    assert (folder.plan / "plan.json").is_file()
+
+
+def test_another_order_keeps_completions_and_plans_anew(folder: JobFolder, make_record: Any) -> None:
+    claim(folder, make_record())
+    work = leave_work(folder)
+    claim(folder, make_record(policy="dfs"))
+    assert work.is_file()
+    assert not (folder.plan / "plan.json").exists()
+    assert read_record(folder).spec.policy == "dfs"
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"text": "y"}, "input"),
+        ({"max_tokens": 3}, "sampling"),
+        ({"temperature": 0.5}, "sampling"),
+        ({"system": "S"}, "prompts"),
+        ({"limit": 1}, "prompts"),
+        ({"dtype": "bfloat16"}, "model"),
+    ],
+)
+def test_another_job_is_refused_and_named(
+    folder: JobFolder, make_record: Any, options: dict[str, Any], part: str
+) -> None:
+    claim(folder, make_record())
+    work = leave_work(folder)
+    with pytest.raises(OutputError, match=rf"holds another job: {part} changed"):
+        claim(folder, make_record(**options))
+    assert work.is_file()
+
+
+def test_force_discards_the_earlier_job(folder: JobFolder, make_record: Any) -> None:
+    claim(folder, make_record())
+    leave_work(folder)
+    folder.success.touch()
+    claim(folder, make_record(max_tokens=3, force=True))
+    assert not folder.completions.exists()
+    assert not folder.success.exists()
+    assert read_record(folder).spec.max_tokens == 3
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_foreign_folder_is_never_touched(folder: JobFolder, make_record: Any, force: bool) -> None:
+    folder.root.mkdir()
+    (folder.root / "thesis.doc").write_text("years of work")
+    with pytest.raises(OutputError, match=r"holds no job of ours \(thesis\.doc\)"):
+        claim(folder, make_record(force=force))
+    assert [path.name for path in folder.root.iterdir()] == ["thesis.doc"]
+
+
+def test_a_folder_that_can_not_be_made(tmp_path: Path, make_record: Any) -> None:
+    (tmp_path / "job").write_text("a file where the folder should be")
+    with pytest.raises(OutputError, match="can't be written"):
+        claim(JobFolder(tmp_path / "job"), make_record())
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"disk of .* is full"), writing_to(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_folder_without_a_job(folder: JobFolder) -> None:
+    with pytest.raises(OutputError, match="holds no job"):
+        read_record(folder)
+
+
+def _try_to_hold(folder: JobFolder, outcome: Any) -> None:
+    try:
+        with holding(folder):
+            outcome.put("held")
+    except OutputError as error:
+        outcome.put(str(error))
+
+
+def test_two_processes_can_not_hold_one_folder(folder: JobFolder) -> None:
+    context = multiprocessing.get_context("spawn")
+    outcome = context.Queue()
+    with holding(folder):
+        process = context.Process(target=_try_to_hold, args=(folder, outcome))
+        process.start()
+        process.join()
+    assert "is in use by another run" in outcome.get(timeout=10)
+    with holding(folder):
+        assert folder.lock.is_file()

@@ -1,0 +1,65 @@
+"""What a job may state, from options and from a file, and how mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from blendserve.errors import UsageError
+from blendserve.spec import JobSpec, load_job
+
+REQUIRED = {"input": "i", "output": "o"}
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("input: i\noutput: o\nmax-tokens: 5\ntop_p: 0.5\nstop: [\"\\n\", END]\n")
+    spec = load_job(file, {"max_tokens": 7})
+    assert (spec.max_tokens, spec.top_p, spec.stop) == (7, 0.5, ("\n", "END"))
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"inptu": "x"}, "Unknown option 'inptu'. Known options: .*input"),
+        ({"max_tokens": 0}, "Option 'max_tokens': .*greater than or equal to 1; got 0"),
+        ({"temperature": -1}, "Option 'temperature'"),
+        ({"top_p": 0}, "Option 'top_p'"),
+        ({"policy": "best"}, "Option 'policy': .*'blend', 'dfs'"),
+        ({"stop": [""]}, "empty stop string"),
+        ({"template": "{{ a }}", "prompt_column": "a"}, "exclude each other"),
+    ],
+)
+def test_mistakes_are_named(stated: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_job(None, {**REQUIRED, **stated})
+
+
+def test_required_options_are_named() -> None:
+    with pytest.raises(UsageError, match=r"Option 'output' is missing. Give --output"):
+        load_job(None, {"input": "i"})
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "input: [", "just text"])
+def test_unusable_job_files(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(content)
+    with pytest.raises(UsageError, match=r"job\.yaml"):
+        load_job(file, {})
+
+
+def test_a_missing_job_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.yaml can't be read"):
+        load_job(tmp_path / "nowhere.yaml", {})
+
+
+def test_every_option_tells_what_it_is() -> None:
+    for name, field in JobSpec.model_fields.items():
+        assert field.title, name
+        assert field.description, name
+
+
+def test_the_parts_of_a_job_carry_its_values() -> None:
+    spec = load_job(None, {**REQUIRED, "max_tokens": 3, "block_size": 8})
+    assert (spec.sampling.max_tokens, spec.engine.block_size) == (3, 8)
