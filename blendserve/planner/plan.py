@@ -1,0 +1,164 @@
+"""The step `plan`: estimate lengths, order what is left to run, cut it into shards, write plan.json last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from blendserve.job_folder import JobFolder
+from blendserve.manifest import PlanManifest
+from blendserve.planner.database import open_database, write_relation
+from blendserve.planner.output_lengths import SOURCES, OutputLengths, estimate_output_lengths
+from blendserve.planner.performance_model import Hardware, cost_constants, load_hardware, load_model_shape
+from blendserve.planner.plan_files import ScheduledRows, plan_id_of, shard_plans, write_plan_files
+from blendserve.planner.plan_summary import summarize
+from blendserve.planner.prefix_tree import build_prefix_tree, range_minimum
+from blendserve.planner.prompt_tokens import open_prompt_tokens
+from blendserve.planner.requests import RequestStates, compute_costs, read_request_states
+from blendserve.planner.schedule import PlannedRequests, schedule_requests
+from blendserve.schemas import OUTPUT_LENGTH_ESTIMATES, REQUEST_COSTS, REQUEST_ORDER
+from blendserve.spec import JobSpec
+
+_BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManifest:
+    """Plan what is neither completed nor a duplicate: `plan/plan.json`, its shard files, and the relations behind them.
+
+    Raises ModelError on a config without sizes and UsageError on unknown hardware.
+    """
+    hardware = plan_hardware(spec)
+    with open_database(folder.work) as database:
+        states = read_request_states(database, folder)
+        lengths = _estimate(states, spec)
+        rows = np.flatnonzero(~states.is_duplicate & ~states.is_completed)
+        scheduled = schedule_rows(database, states, lengths, rows, spec, hardware, model_folder)
+    _write_relations(folder, scheduled, states, lengths)
+    manifest = _manifest(spec, model_folder, hardware, scheduled, states, lengths)
+    with open_prompt_tokens(folder.relation("tokenized_requests"), folder.work) as prompts:
+        write_plan_files(folder.plan, manifest, scheduled, states, prompts)
+    return manifest
+
+
+def plan_hardware(spec: JobSpec) -> Hardware:
+    """The hardware that the plan's times are for, with the number format that the engine will use."""
+    hardware = load_hardware(spec.hardware, device=spec.device)
+    return replace(hardware, bytes_per_element=_BYTES_PER_ELEMENT.get(spec.dtype, hardware.bytes_per_element))
+
+
+def schedule_rows(
+    database: duckdb.DuckDBPyConnection,
+    states: RequestStates,
+    lengths: OutputLengths,
+    rows: NDArray[np.int64],
+    spec: JobSpec,
+    hardware: Hardware,
+    model_folder: Path,
+) -> ScheduledRows:
+    """Order `rows` (places in `states`, ascending) by the job's policy and cut them into its shards."""
+    constants = cost_constants(load_model_shape(model_folder), hardware)
+    requests = PlannedRequests(
+        num_prompt_tokens=states.num_prompt_tokens[rows],
+        shared_prefix_tokens=_shared_among(states.shared_prefix_tokens, rows),
+        mean_output_tokens=lengths.mean[rows],
+        mean_square_output_tokens=lengths.mean_square[rows],
+        arrival=states.row_index[rows],
+    )
+    schedule = schedule_requests(
+        requests,
+        policy=spec.policy,
+        seed=spec.seed,
+        num_shards=spec.shards,
+        costs=partial(compute_costs, database, constants),
+    )
+    rows_in_order = rows[schedule.positions]
+    return ScheduledRows(schedule, rows_in_order, lengths.estimated_tokens[rows_in_order])
+
+
+def _estimate(states: RequestStates, spec: JobSpec) -> OutputLengths:
+    return estimate_output_lengths(
+        build_prefix_tree(states.shared_prefix_tokens),
+        max_tokens=states.max_tokens,
+        hints=states.hints,
+        observed=states.observed,
+        is_cut_off=states.is_cut_off,
+        ignore_eos=spec.ignore_eos,
+    )
+
+
+def _shared_among(shared_prefix_tokens: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Common prefix of each row with the row before it when only `rows` are left."""
+    shared = np.zeros(len(rows), np.int64)
+    shared[1:] = range_minimum(shared_prefix_tokens, rows[:-1] + 1, rows[1:])
+    return shared
+
+
+def _manifest(
+    spec: JobSpec,
+    model_folder: Path,
+    hardware: Hardware,
+    scheduled: ScheduledRows,
+    states: RequestStates,
+    lengths: OutputLengths,
+) -> PlanManifest:
+    draft = PlanManifest(
+        plan_id="",
+        policy=spec.policy,
+        is_two_ended=scheduled.schedule.is_two_ended,
+        model=str(model_folder),
+        hardware=hardware.name,
+        sampling=spec.sampling,
+        engine=spec.engine,
+        completions="../completions",
+        shards=(),
+        summary={},
+    )
+    plan_id = plan_id_of(draft.model_dump_json(), scheduled, states)
+    summary = summarize(scheduled, states, lengths, hardware)
+    return draft.model_copy(
+        update={"plan_id": plan_id, "shards": shard_plans(scheduled, states, plan_id), "summary": summary}
+    )
+
+
+def _write_relations(
+    folder: JobFolder, scheduled: ScheduledRows, states: RequestStates, lengths: OutputLengths
+) -> None:
+    """Write `output_length_estimates`, `request_costs` and `request_order` of the requests that have to run."""
+    schedule, rows = scheduled.schedule, scheduled.rows
+    row_index = states.row_index[rows]
+    estimates: Mapping[str, Any] = {
+        "row_index": row_index,
+        "estimated_output_tokens": scheduled.estimated_output_tokens,
+        "source": SOURCES[lengths.source[rows]],
+    }
+    costs: Mapping[str, Any] = {
+        "row_index": row_index,
+        "num_prompt_tokens": states.num_prompt_tokens[rows].astype(np.int32),
+        "shared_prefix_tokens": schedule.shared_prefix_tokens.astype(np.int32),
+        "estimated_output_tokens": scheduled.estimated_output_tokens,
+        "compute_seconds": schedule.compute_seconds,
+        "memory_seconds": schedule.memory_seconds,
+        "density": schedule.compute_seconds / schedule.memory_seconds,
+    }
+    order: Mapping[str, Any] = {
+        "plan_position": np.arange(len(rows)),
+        "row_index": row_index,
+        "unit_id": schedule.unit_id,
+        "unit_density": schedule.unit_density,
+        "shard": schedule.shard.astype(np.int32),
+        "shard_position": schedule.shard_position,
+    }
+    for name, columns, schema in (
+        ("output_length_estimates", estimates, OUTPUT_LENGTH_ESTIMATES),
+        ("request_costs", costs, REQUEST_COSTS),
+        ("request_order", order, REQUEST_ORDER),
+    ):
+        write_relation(folder.relation(name), pa.table(dict(columns), schema=schema), schema)

@@ -1,0 +1,59 @@
+"""What a plan promises, in one small dict for people and the report: sharing, densities, times, warnings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from blendserve.planner.output_lengths import SOURCES, OutputLengths
+from blendserve.planner.performance_model import Hardware
+from blendserve.planner.plan_files import ScheduledRows
+from blendserve.planner.requests import RequestStates
+
+
+def summarize(
+    scheduled: ScheduledRows, states: RequestStates, lengths: OutputLengths, hardware: Hardware
+) -> dict[str, Any]:
+    """Counts, sharing (of prompt tokens), densities (compute over memory time), seconds, and warnings."""
+    schedule, rows = scheduled.schedule, scheduled.rows
+    num_prompt_tokens = int(states.num_prompt_tokens[rows].sum())
+    compute = float(schedule.compute_seconds.sum())
+    memory = float(schedule.memory_seconds.sum())
+    sources = np.bincount(lengths.source[rows], minlength=len(SOURCES))
+    summary: dict[str, Any] = {
+        "num_requests": len(rows),
+        "num_duplicates": int(states.is_duplicate.sum()),
+        "num_completed": int(states.is_completed.sum()),
+        "num_prompt_tokens": num_prompt_tokens,
+        "estimated_output_tokens": int(scheduled.estimated_output_tokens.sum(dtype=np.int64)),
+        "output_length_sources": {str(name): int(count) for name, count in zip(SOURCES, sources, strict=True)},
+        "prefix_sharing_optimal": schedule.shared_tokens_optimal / max(num_prompt_tokens, 1),
+        "prefix_sharing": int(schedule.shared_prefix_tokens.sum()) / max(num_prompt_tokens, 1),
+        "density": compute / memory if memory > 0 else 0.0,
+        "density_left": float(schedule.unit_density.max(initial=0.0)),
+        "density_right": float(schedule.unit_density.min()) if len(rows) else 0.0,
+        "compute_seconds": compute,
+        "memory_seconds": memory,
+        "bound_seconds": max(schedule.ideal_compute_seconds, memory),
+        "predicted_seconds": compute + memory,
+        "num_shards": schedule.num_shards,
+        "hardware": hardware.name,
+    }
+    return {**summary, "warnings": _warnings(summary)}
+
+
+def _warnings(summary: dict[str, Any]) -> list[str]:
+    if summary["num_requests"] == 0:
+        return ["Nothing is left to run."]
+    warnings = []
+    if summary["density_left"] < 1:
+        warnings.append("Memory-bound throughout: every request spends more time on memory; blending can't help.")
+    if summary["density_right"] > 1:
+        warnings.append("Compute-bound throughout: every request spends more time on compute; blending can't help.")
+    if summary["prefix_sharing_optimal"] < 0.01:
+        warnings.append("The prompts share nearly nothing: the order can't save prefill work.")
+    unknown = summary["output_length_sources"]["max_tokens"]
+    if unknown:
+        warnings.append(f"Output length unknown for {unknown} requests: planned with their max_tokens.")
+    return warnings

@@ -1,0 +1,85 @@
+"""The step `sample`: choose the requests that run first, so that output lengths are known before the plan is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blendserve.job_folder import JobFolder
+from blendserve.manifest import PlanManifest
+from blendserve.planner.database import open_database
+from blendserve.planner.output_lengths import OutputLengths
+from blendserve.planner.plan import plan_hardware, schedule_rows
+from blendserve.planner.plan_files import plan_id_of, shard_plans, write_plan_files
+from blendserve.planner.prompt_tokens import open_prompt_tokens
+from blendserve.planner.requests import RequestStates, read_request_states
+from blendserve.spec import JobSpec
+
+MIN_SAMPLED = 16
+_MIN_MAX_TOKENS = 16  # shorter completions aren't worth a run of their own
+_ASSUMED_OUTPUT_TOKENS = 512  # before anything is known; a longer one is the engine's to absorb
+
+
+def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> int:
+    """Write the plan of the sample, one shard in the job's order. Returns its requests; 0: none needed, none written.
+
+    The choice depends on the requests alone, so that a job that goes on finds the sample it has run.
+    """
+    hardware = plan_hardware(spec)
+    with open_database(folder.work) as database:
+        states = read_request_states(database, folder)
+        rows = choose_sample(states, spec)
+        if len(rows) == 0:
+            return 0
+        mean = np.minimum(states.max_tokens, _ASSUMED_OUTPUT_TOKENS).astype(np.float64)
+        lengths = OutputLengths(mean, mean**2, np.zeros(len(mean), np.int64))
+        one_shard = spec.model_copy(update={"shards": 1})
+        scheduled = schedule_rows(database, states, lengths, rows, one_shard, hardware, model_folder)
+    scheduled = replace(scheduled, schedule=replace(scheduled.schedule, is_two_ended=False))
+    draft = PlanManifest(
+        plan_id="",
+        policy=spec.policy,
+        is_two_ended=False,
+        model=str(model_folder),
+        hardware=hardware.name,
+        sampling=spec.sampling,
+        engine=spec.engine,
+        completions="../completions/sample",
+        shards=(),
+        summary={"num_requests": len(rows)},
+    )
+    plan_id = plan_id_of(draft.model_dump_json(), scheduled, states)
+    manifest = draft.model_copy(update={"plan_id": plan_id, "shards": shard_plans(scheduled, states, plan_id)})
+    with open_prompt_tokens(folder.relation("tokenized_requests"), folder.work) as prompts:
+        write_plan_files(folder.sample, manifest, scheduled, states, prompts)
+    return len(rows)
+
+
+def choose_sample(states: RequestStates, spec: JobSpec) -> NDArray[np.int64]:
+    """Places in `states` (ascending) of the requests to sample; empty where their lengths matter little or are known.
+
+    Strata are the subtrees below what all prompts share. Each gets room by the square root of its size, so that small
+    subtrees are seen and big ones are seen more often; within a stratum the sample is spread evenly.
+    """
+    unknown = np.flatnonzero(~states.is_duplicate & np.isnan(states.hints))
+    is_needed = len(unknown) >= 2 * MIN_SAMPLED and not spec.ignore_eos and spec.sample_fraction > 0
+    if not is_needed or int(states.max_tokens[unknown].max()) <= _MIN_MAX_TOKENS:
+        return np.zeros(0, np.int64)
+    num_sampled = min(max(MIN_SAMPLED, math.ceil(spec.sample_fraction * len(unknown))), len(unknown))
+    shared = states.shared_prefix_tokens
+    stratum = np.cumsum(shared <= shared[1:].min(initial=int(shared.max())))[unknown]
+    weight = 1.0 / np.sqrt(np.bincount(stratum)[stratum])
+    filled = np.cumsum(weight)
+    chosen = np.unique(np.minimum(np.searchsorted(filled, _spread(filled[-1], num_sampled)), len(unknown) - 1))
+    others = np.setdiff1d(np.arange(len(unknown)), chosen)
+    more = others[_spread(len(others), num_sampled - len(chosen)).astype(np.int64)]
+    return np.sort(unknown[np.concatenate([chosen, more])])
+
+
+def _spread(length: float, num_marks: int) -> NDArray[np.float64]:
+    """`num_marks` evenly spaced marks on [0, length)."""
+    return np.arange(0.5, num_marks, dtype=np.float64) * (length / max(num_marks, 1))

@@ -1,0 +1,210 @@
+"""The steps analyze, sample and plan on whole small jobs: what comes out is a plan of every request that has to run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blendserve.manifest import PlanManifest, read_manifest
+from blendserve.planner.analyze import analyze
+from blendserve.planner.plan import make_plan
+from blendserve.planner.sample import write_sample_plan
+from blendserve.schemas import (
+    OUTPUT_LENGTH_ESTIMATES,
+    PREFIX_NODES,
+    REQUEST_COSTS,
+    REQUEST_ORDER,
+    SCHEDULED_REQUESTS,
+    SORTED_REQUESTS,
+)
+from tests.planner.jobs import make_spec, scheduled_rows, write_completions, write_job, write_model
+
+POLICIES = ["blend", "dfs", "fcfs", "random", "longest"]
+PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=0, max_size=30)
+
+
+def three_kinds(count: int) -> tuple[list[list[int]], list[int | None]]:
+    """Short answers under one instruction, summaries of own paragraphs, long answers to short prompts."""
+    random = np.random.default_rng(0)
+    prompts, hints = [], []
+    for index in range(count):
+        own = random.integers(100, 900, 6).tolist()
+        kind = index % 3
+        prompts.append([[5] * 200 + own, [6] * 3 + own + random.integers(100, 900, 200).tolist(), [8] * 3 + own][kind])
+        hints.append([2, 60, 900][kind])
+    return prompts, hints
+
+
+def run_planner(tmp_path: Path, prompts, *, max_tokens=1000, hints=None, dedupe=True, **options):
+    folder = write_job(tmp_path / "job", prompts, max_tokens=max_tokens, hints=hints)
+    summary = analyze(folder, dedupe=dedupe)
+    manifest = make_plan(folder, make_spec(folder, **options), write_model(tmp_path / "model"))
+    return folder, summary, manifest
+
+
+@settings(max_examples=25, deadline=None)
+@given(prompts=PROMPTS, policy=st.sampled_from(POLICIES), num_shards=st.integers(1, 4), dedupe=st.booleans())
+def test_each_request_stands_in_exactly_one_shard(tmp_path_factory, prompts, policy, num_shards, dedupe):
+    folder, summary, manifest = run_planner(
+        tmp_path_factory.mktemp("plan"), prompts, dedupe=dedupe, policy=policy, shards=num_shards
+    )
+    shards = scheduled_rows(folder, manifest.shards)
+    planned = [row for shard in shards for row in shard]
+    expected = {tuple(prompt) for prompt in prompts}
+    if dedupe:
+        assert Counter(tuple(row["prompt_token_ids"]) for row in planned) == Counter(expected)
+        assert summary.num_duplicates == len(prompts) - len(expected)
+    else:
+        assert sorted(row["row_index"] for row in planned) == list(range(len(prompts)))
+    assert len(shards) == min(num_shards, len(planned))
+    for shard in shards:
+        assert [row["shard_position"] for row in shard] == list(range(len(shard)))
+        assert shard[0]["shared_prefix_tokens"] == 0
+        densities = [row["unit_density"] for row in shard]
+        if manifest.is_two_ended:
+            assert densities == sorted(densities, reverse=True)
+    for row in planned:
+        assert row["prompt_token_ids"] == prompts[row["row_index"]]
+        assert row["request_id"] == f"request-{row['row_index']}"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_relations_have_their_declared_schemas(tmp_path, policy):
+    prompts, hints = three_kinds(30)
+    folder, _, manifest = run_planner(tmp_path, prompts, hints=hints, policy=policy, shards=2)
+    for name, schema in {
+        "sorted_requests": SORTED_REQUESTS,
+        "prefix_nodes": PREFIX_NODES,
+        "output_length_estimates": OUTPUT_LENGTH_ESTIMATES,
+        "request_costs": REQUEST_COSTS,
+        "request_order": REQUEST_ORDER,
+    }.items():
+        assert pq.read_schema(folder.relation(name)).equals(schema), name
+    for shard in manifest.shards:
+        assert pq.read_schema(folder.plan / shard.file).equals(SCHEDULED_REQUESTS)
+    assert read_manifest(folder.plan / "plan.json", PlanManifest) == manifest
+    costs = pq.read_table(folder.relation("request_costs")).to_pylist()
+    assert all(row["density"] == row["compute_seconds"] / row["memory_seconds"] for row in costs)
+
+
+def test_blend_sorts_by_density_and_keeps_the_sharing(tmp_path):
+    prompts, hints = three_kinds(90)
+    folder, analyzed, manifest = run_planner(tmp_path, prompts, hints=hints)
+    rows = scheduled_rows(folder, manifest.shards)[0]
+    kinds = [row["prompt_token_ids"][0] for row in rows]
+    assert kinds[-30:] == [8] * 30  # long answers at the memory-heavy end
+    summary = manifest.summary
+    assert summary["prefix_sharing_optimal"] == pytest.approx(analyzed.prefix_sharing)
+    assert summary["prefix_sharing"] >= 0.99 * summary["prefix_sharing_optimal"]
+    assert summary["density_left"] > summary["density"] > summary["density_right"]
+    assert summary["compute_seconds"] + summary["memory_seconds"] >= summary["bound_seconds"]
+
+
+def test_shards_of_blend_hold_equal_compute_and_equal_memory_time(tmp_path):
+    # One number isn't enough: equal total time would put the compute into one shard and the memory into another.
+    prompts, hints = three_kinds(300)
+    _, _, manifest = run_planner(tmp_path, prompts, hints=hints, shards=3)
+    for name in ("compute_seconds", "memory_seconds"):
+        parts = [getattr(shard, name) for shard in manifest.shards]
+        assert max(parts) < 1.1 * min(parts), name
+
+
+def test_duplicates_and_finished_rows_are_left_out(tmp_path):
+    folder = write_job(tmp_path / "job", [[1, 2], [1, 2], [3], [4], [5]])
+    assert analyze(folder, dedupe=True).num_duplicates == 1
+    write_completions(folder, "sample/shard-00000", {2: (3, "stop"), 3: (0, "error")})
+    manifest = make_plan(folder, make_spec(folder), write_model(tmp_path / "model"))
+    rows = scheduled_rows(folder, manifest.shards)[0]
+    assert sorted(row["row_index"] for row in rows) == [0, 3, 4]
+
+
+def test_rows_with_another_limit_are_no_duplicates(tmp_path):
+    folder = write_job(tmp_path / "job", [[1], [1], [1]], max_tokens=[5, 6, 5])
+    assert analyze(folder, dedupe=True).num_duplicates == 1
+    answers = pq.read_table(folder.relation("sorted_requests")).column("duplicate_of").to_pylist()
+    assert answers == [None, None, 0]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_job_with_nothing_left_has_a_valid_plan_of_no_shards(tmp_path, policy):
+    folder = write_job(tmp_path / "job", [[1], [2]])
+    analyze(folder, dedupe=True)
+    write_completions(folder, "sample/shard-00000", {0: (3, "stop"), 1: (4, "length")})
+    manifest = make_plan(folder, make_spec(folder, policy=policy), write_model(tmp_path / "model"))
+    assert manifest.shards == ()
+    assert manifest.summary["warnings"] == ["Nothing is left to run."]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "hints"),
+    [
+        ([[1, 2, 3]], [5]),
+        ([[1, 2, 3]] * 20, [5] * 20),
+        ([[row] for row in range(20)], [5] * 20),
+        ([[row] * 50 for row in range(20)], [1] * 20),
+        ([[row] for row in range(20)], [10**9] * 20),
+        ([[row] for row in range(20)], [0] * 20),
+    ],
+    ids=["one request", "all identical", "nothing shared", "all compute-heavy", "absurdly long", "absurdly short"],
+)
+def test_odd_jobs_have_valid_plans(tmp_path, prompts, hints):
+    folder, _, manifest = run_planner(tmp_path, prompts, hints=hints, dedupe=False, shards=2)
+    planned = [row for shard in scheduled_rows(folder, manifest.shards) for row in shard]
+    assert len(planned) == len(prompts)
+    assert all(1 <= row["estimated_output_tokens"] <= 1000 for row in planned)
+    assert all(
+        np.isfinite([row["compute_seconds"], row["memory_seconds"], row["unit_density"]]).all() for row in planned
+    )
+
+
+def test_planning_again_gives_the_same_plan_and_leaves_no_stale_shards(tmp_path):
+    prompts, hints = three_kinds(30)
+    folder, _, first = run_planner(tmp_path, prompts, hints=hints)
+    spec = make_spec(folder)
+    assert make_plan(folder, spec, tmp_path / "model") == first
+    second = make_plan(folder, spec.model_copy(update={"policy": "dfs"}), tmp_path / "model")
+    assert second.plan_id != first.plan_id
+    assert [path.name for path in folder.plan.glob("shards-*")] == [f"shards-{second.plan_id}"]
+
+
+def test_the_sample_is_one_shard_that_covers_every_subtree(tmp_path):
+    prompts, _ = three_kinds(600)
+    prompts += [[9, 9, row] for row in range(100, 120)]  # a small subtree that a uniform sample of 16 would miss
+    folder = write_job(tmp_path / "job", prompts, max_tokens=1000)
+    analyze(folder, dedupe=True)
+    spec, model = make_spec(folder), write_model(tmp_path / "model")
+    assert write_sample_plan(folder, spec, model) == 16
+    plan = read_manifest(folder.sample / "plan.json", PlanManifest)
+    assert not plan.is_two_ended
+    assert plan.completions == "../completions/sample"
+    rows = pq.read_table(folder.sample / plan.shards[0].file).to_pylist()
+    assert {row["prompt_token_ids"][0] for row in rows} == {5, 6, 8, 9}
+
+
+@pytest.mark.parametrize(
+    ("count", "hints", "options"),
+    [
+        (31, None, {}),
+        (40, [3] * 40, {}),
+        (40, None, {"ignore_eos": True}),
+        (40, None, {"sample_fraction": 0.0}),
+    ],
+    ids=["few requests", "all hinted", "lengths fixed", "switched off"],
+)
+def test_no_sample_where_none_is_needed(tmp_path, count, hints, options):
+    folder = write_job(tmp_path / "job", [[row, 1] for row in range(count)], max_tokens=100, hints=hints)
+    analyze(folder, dedupe=True)
+    assert write_sample_plan(folder, make_spec(folder, **options), write_model(tmp_path / "model")) == 0
+    assert not (folder.sample / "plan.json").exists()
+
+
+def test_no_sample_of_short_completions(tmp_path):
+    folder = write_job(tmp_path / "job", [[row, 1] for row in range(40)], max_tokens=16)
+    analyze(folder, dedupe=True)
+    assert write_sample_plan(folder, make_spec(folder), write_model(tmp_path / "model")) == 0
