@@ -1,1 +1,1 @@
-"""From scheduled requests to completions: scheduler, paged KV cache, model runner. Knows torch, no DuckDB, no Airflow."""
+"""From scheduled requests to completions: scheduler, paged KV cache, model runner. No DuckDB, no Airflow."""

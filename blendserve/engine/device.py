@@ -1,0 +1,60 @@
+"""Which device and number format a shard runs with, and how large its KV cache may be."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from blendserve.errors import UsageError
+from blendserve.models.config import ModelConfig
+from blendserve.spec import EngineSpec
+
+# Of the RAM that is free when the engine starts: other processes live on the machine too.
+_CPU_MEMORY_SHARE = 0.25
+# Of all GPU memory, kept free for what the profile run didn't show: fragmentation, libraries, graphs.
+_GPU_RESERVE_SHARE = 0.05
+
+
+def resolve_device(engine: EngineSpec) -> torch.device:
+    """The device that `engine` asks for. Raises UsageError for cuda where there is none."""
+    has_cuda = torch.cuda.is_available()
+    if engine.device == "cuda" and not has_cuda:
+        raise UsageError("Option 'device': cuda was asked for, but torch sees no GPU. Use auto or cpu.")
+    return torch.device("cuda" if has_cuda and engine.device != "cpu" else "cpu")
+
+
+def resolve_dtype(engine: EngineSpec, device: torch.device) -> torch.dtype:
+    if engine.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[engine.dtype]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def describe_device(device: torch.device) -> str:
+    """What a report calls the device, e.g. "NVIDIA H100 80GB HBM3" or "cpu, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one KV cache block: K and V of all layers."""
+    return config.kv_elements_per_token * block_size * dtype.itemsize
+
+
+def free_memory_bytes(device: torch.device, activation_bytes: int) -> int:
+    """Bytes that the KV cache may take, once the weights are loaded. activation_bytes: what a step needs beside it."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free - activation_bytes - _GPU_RESERVE_SHARE * total)
+    return int(psutil.virtual_memory().available * _CPU_MEMORY_SHARE)
+
+
+def count_blocks(available_bytes: int, bytes_per_block: int, max_useful_blocks: int) -> int:
+    """How many KV cache blocks to have. Raises UsageError when there is no memory for two."""
+    num_blocks = min(available_bytes // bytes_per_block, max_useful_blocks)
+    if num_blocks < 2:
+        raise UsageError(
+            f"No memory for a KV cache: {max(available_bytes, 0):,} bytes are free for it, a block takes "
+            f"{bytes_per_block:,}. Use a smaller block_size, a shorter number format or a smaller model."
+        )
+    return num_blocks

@@ -1,0 +1,199 @@
+"""The paged KV cache's bookkeeping: which request holds which blocks, and which prompt prefixes are shared.
+
+Knows block numbers only; the tensors are the model runner's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from blendserve.engine.invariants import require
+from blendserve.engine.radix_tree import RadixTree
+from blendserve.engine.request import Request
+
+
+class BlockAllocator:
+    """Hands out block numbers 0 .. num_blocks - 1 and counts who uses each."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._num_references = [0] * num_blocks
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self) -> int:
+        """A free block, referenced once. There must be one."""
+        block = self._free.pop()
+        self._num_references[block] = 1
+        return block
+
+    def acquire(self, block: int) -> int:
+        """Reference a block once more. Returns its references."""
+        self._num_references[block] += 1
+        return self._num_references[block]
+
+    def release(self, block: int) -> int:
+        """Drop one reference. Returns those that are left; at 0 the caller frees the block or keeps it cached."""
+        require(self._num_references[block] > 0, f"block {block} is in use")
+        self._num_references[block] -= 1
+        return self._num_references[block]
+
+    def free(self, block: int) -> None:
+        """Give a block without references back."""
+        require(self._num_references[block] == 0, f"block {block} is out of use")
+        self._free.append(block)
+
+    def check_integrity(self, tables: Iterable[Sequence[int]], cached: set[int]) -> None:
+        """Raise InvariantError unless each block is free, or cached, or referenced as often as `tables` name it."""
+        expected = Counter(block for table in tables for block in table)
+        free = set(self._free)
+        require(len(free) == len(self._free), "each block is free at most once")
+        for block, num_references in enumerate(self._num_references):
+            require(num_references == expected[block], f"block {block} has {expected[block]} references")
+            is_unused = num_references == 0 and block not in cached
+            require((block in free) == is_unused, f"block {block} is free exactly when unused")
+
+
+class KVCache:
+    """Blocks of the running requests plus, in the prefix tree, blocks of earlier prompts until their room is needed."""
+
+    def __init__(self, num_blocks: int, block_size: int, has_prefix_cache: bool) -> None:
+        self.block_size = block_size
+        self._has_prefix_cache = has_prefix_cache
+        self._allocator = BlockAllocator(num_blocks)
+        self._tree = RadixTree()
+
+    @property
+    def num_blocks(self) -> int:
+        return self._allocator.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that hold nothing."""
+        return self._allocator.num_free
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that running requests hold."""
+        return self.num_blocks - self._allocator.num_free - self._tree.num_unreferenced
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def count_cached_tokens(self, request: Request) -> tuple[int, int]:
+        """Tokens of a request's prompt that are in the cache, and how many of those no running request holds."""
+        if not self._has_prefix_cache:
+            return 0, 0
+        nodes = self._tree.match(self._keys(request, (request.num_tokens - 1) // self.block_size))
+        num_unreferenced = sum(not node.is_referenced for node in nodes)
+        return len(nodes) * self.block_size, num_unreferenced * self.block_size
+
+    def pin(self, requests: Iterable[Request]) -> None:
+        """Spare the cached prefixes of requests that will be admitted soon."""
+        if self._has_prefix_cache:
+            self._tree.pin(self._keys(request, request.num_prompt_tokens) for request in requests)
+
+    def take_cached_blocks(self, request: Request) -> int:
+        """Let a prefilling request use all cached blocks that come next in its prompt, instead of computing them.
+
+        Also works in the middle of a block that someone else has completed meanwhile. The last token is never taken:
+        somebody has to compute its logits. Returns the tokens gained.
+        """
+        if not self._has_prefix_cache:
+            return 0
+        started_at = request.num_computed_tokens
+        first = started_at // self.block_size
+        if first != request.num_tree_blocks:
+            return 0
+        keys = self._keys(request, (request.num_prefill_tokens - 1) // self.block_size)
+        node = self._tree.node_of(request.block_table[first - 1]) if first else self._tree.root
+        for key in keys[first:]:
+            child = node.children.get(key)
+            if child is None:
+                break
+            node = child
+            if self._allocator.acquire(node.block) == 1:
+                self._tree.set_referenced(node)
+            self._put_tree_block(request, node.block)
+        return request.num_computed_tokens - started_at
+
+    def extend(self, request: Request, num_tokens: int) -> int:
+        """Give a request blocks for up to `num_tokens` tokens. Returns the tokens that it has room for now."""
+        missing = self.blocks_for(num_tokens) - len(request.block_table)
+        for _ in range(missing):
+            if not self._allocator.num_free and not self._evict():
+                break
+            request.block_table.append(self._allocator.allocate())
+        return len(request.block_table) * self.block_size
+
+    def share_prompt_blocks(self, request: Request, num_tokens: int) -> None:
+        """Put a request's full prompt blocks into the prefix tree, up to its first `num_tokens` tokens.
+
+        They may be shared from now on, even by requests of the same step: in each layer a step stores K and V of all
+        its tokens before it attends to any.
+        """
+        if not self._has_prefix_cache:
+            return
+        first = request.num_tree_blocks
+        node = self._tree.node_of(request.block_table[first - 1]) if first else self._tree.root
+        for key in self._keys(request, num_tokens // self.block_size)[first:]:
+            if key in node.children:  # its own last block, computed again for the logits of the last token
+                return
+            node = self._tree.insert(node, key, request.block_table[request.num_tree_blocks])
+            request.num_tree_blocks += 1
+
+    def release(self, request: Request, is_reusable: bool = True) -> None:
+        """Take all blocks from a request. Its prompt blocks stay cached, unless what is in them isn't reusable."""
+        for index in range(len(request.block_table) - 1, -1, -1):
+            block = request.block_table[index]
+            if self._allocator.release(block) > 0:
+                continue
+            if index >= request.num_tree_blocks:
+                self._allocator.free(block)
+                continue
+            node = self._tree.node_of(block)
+            self._tree.set_unreferenced(node)
+            if not is_reusable and not node.children:
+                self._tree.remove(node)
+                self._allocator.free(block)
+        request.block_table.clear()
+        request.num_computed_tokens = request.num_tree_blocks = request.num_synced_blocks = 0
+
+    def check_integrity(self, running: Iterable[Request]) -> None:
+        """Raise InvariantError where the books don't balance. Slow: for tests, and for when the engine is idle."""
+        self._tree.check_integrity()
+        tables = [request.block_table for request in running]
+        cached = {block for block in range(self.num_blocks) if self._tree.has_block(block)}
+        self._allocator.check_integrity(tables, cached)
+
+    def _keys(self, request: Request, max_blocks: int) -> list[bytes]:
+        """Keys of the first full blocks of a request's prompt."""
+        width = self.block_size * 4  # bytes of a block's token ids
+        num_blocks = min(request.num_prompt_tokens // self.block_size, max_blocks)
+        content = request.prompt_token_ids[: num_blocks * self.block_size].tobytes()
+        return [content[start : start + width] for start in range(0, num_blocks * width, width)]
+
+    def _put_tree_block(self, request: Request, block: int) -> None:
+        """Make `block` the request's next prompt block, in place of one of its own that it had begun to fill."""
+        index = request.num_tree_blocks
+        if index < len(request.block_table):
+            own = request.block_table[index]
+            self._allocator.release(own)
+            self._allocator.free(own)
+            request.block_table[index] = block
+            request.num_synced_blocks = min(request.num_synced_blocks, index)
+        else:
+            request.block_table.append(block)
+        request.num_tree_blocks += 1
+        request.num_computed_tokens = request.num_tree_blocks * self.block_size
+
+    def _evict(self) -> bool:
+        block = self._tree.evict()
+        if block is None:
+            return False
+        self._allocator.free(block)
+        return True

@@ -1,0 +1,34 @@
+"""What one engine step did, as a row of the shard's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import pyarrow as pa
+
+from blendserve.schemas import STEP_METRICS
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """The columns of STEP_METRICS, in its order."""
+
+    step: int
+    started_seconds: float
+    step_seconds: float
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_running: int
+    num_running_left: int
+    num_waiting: int
+    num_used_blocks: int
+    num_total_blocks: int
+    num_cached_tokens: int
+    num_preempted: int
+    kv_read_bytes: int
+
+
+def metrics_table(steps: Sequence[StepMetrics]) -> pa.Table:
+    columns = {field.name: [getattr(step, field.name) for step in steps] for field in fields(StepMetrics)}
+    return pa.table(columns, schema=STEP_METRICS)

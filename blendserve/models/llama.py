@@ -1,0 +1,109 @@
+"""The Llama decoder, which all supported architectures are but for biases and q/k norms.
+
+Knows nothing of requests or scheduling: a ragged batch and a paged KV cache go in, logits come out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import embedding, linear
+
+from blendserve.models.batch import ModelBatch
+from blendserve.models.config import ModelConfig
+from blendserve.models.rotary_table import rotary_table
+from blendserve.models.weights import LayerWeights, ModelWeights
+from blendserve_kernels.decode_attention import decode_attention
+from blendserve_kernels.prefill_attention import prefill_attention
+from blendserve_kernels.rms_norm import add_rms_norm, rms_norm
+from blendserve_kernels.rotary import rotary_and_store_kv
+from blendserve_kernels.silu_and_multiply import silu_and_multiply
+
+# K and V of one layer, each [num_blocks, num_kv_heads, block_size, head_dim].
+LayerCache = tuple[torch.Tensor, torch.Tensor]
+
+
+class LlamaModel:
+    """A decoder with its weights, on one device."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, max_model_len: int) -> None:
+        self.config = config
+        self._weights = weights
+        self._scale = config.head_dim**-0.5
+        self._rotary_table = rotary_table(config.rope, config.head_dim, max_model_len, weights.embedding.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._weights.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weights.embedding.dtype
+
+    def forward(self, batch: ModelBatch, kv_cache: list[LayerCache]) -> torch.Tensor:
+        """Logits [num_sampled, vocab_size] of the batch's sampled tokens; stores K and V of all its tokens."""
+        layers, eps = self._weights.layers, self.config.rms_norm_eps
+        residual = embedding(batch.token_ids, self._weights.embedding)  # [T, H]
+        normed = rms_norm(residual, layers[0].input_norm, eps)
+        for index, layer in enumerate(layers):
+            is_last = index + 1 == len(layers)
+            attended = self._attention(layer, normed, batch, kv_cache[index])
+            if is_last:
+                # What follows works on each token alone, so from here on only the sampled ones matter.
+                attended, residual = attended[batch.logits_indices], residual[batch.logits_indices]
+                if len(batch.logits_indices) == 0:
+                    return attended.new_empty((0, self.config.vocab_size))
+            projected = linear(attended, layer.output, layer.output_bias)
+            normed, residual = add_rms_norm(projected, residual, layer.post_attention_norm, eps)
+            fed_forward = _feed_forward(layer, normed)
+            next_norm = self._weights.final_norm if is_last else layers[index + 1].input_norm
+            normed, residual = add_rms_norm(fed_forward, residual, next_norm, eps)
+        return linear(normed, self._weights.head)
+
+    def _attention(
+        self, layer: LayerWeights, normed: torch.Tensor, batch: ModelBatch, cache: LayerCache
+    ) -> torch.Tensor:
+        """[T, num_heads * head_dim]: what the heads gather, not yet projected. Stores K and V of all T tokens first."""
+        config, head_dim = self.config, self.config.head_dim
+        query_size, key_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        qkv = linear(normed, layer.qkv, layer.qkv_bias)  # [T, (num_heads + 2 num_kv_heads) * head_dim]
+        q, k, v = torch.split(qkv, [query_size, key_size, key_size], dim=-1)
+        q, k = self._normed_heads(q, layer.q_norm), self._normed_heads(k, layer.k_norm)
+        v = v.reshape(-1, config.num_kv_heads, head_dim)
+        k_cache, v_cache = cache
+        q = rotary_and_store_kv(q, k, v, batch.positions, self._rotary_table, k_cache, v_cache, batch.slot_mapping)
+        return self._attend(q, batch, k_cache, v_cache).flatten(1)
+
+    def _normed_heads(self, heads: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """[T, n * head_dim] → [T, n, head_dim], each head normed where the architecture does so (Qwen3)."""
+        num_tokens, head_dim = heads.shape[0], self.config.head_dim
+        if weight is not None:
+            heads = rms_norm(heads.reshape(-1, head_dim), weight, self.config.rms_norm_eps)
+        return heads.reshape(num_tokens, -1, head_dim)
+
+    def _attend(self, q: torch.Tensor, batch: ModelBatch, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        """[T, num_heads, head_dim]: decodes and prefill chunks each by their own kernel."""
+        parts = []
+        if batch.decode is not None:
+            part = batch.decode
+            decode_q = q[: batch.num_decode_tokens]
+            parts.append(decode_attention(decode_q, k_cache, v_cache, part.block_table, part.context_lens, self._scale))
+        if batch.prefill is not None:
+            chunks = batch.prefill
+            parts.append(
+                prefill_attention(
+                    q[batch.num_decode_tokens :],
+                    k_cache,
+                    v_cache,
+                    chunks.block_table,
+                    chunks.cu_seqlens_q,
+                    chunks.context_lens,
+                    self._scale,
+                    chunks.max_seqlen_q,
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _feed_forward(layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
+    gate_up = linear(normed, layer.gate_up, layer.gate_up_bias)  # [T, 2 I]
+    return linear(silu_and_multiply(gate_up), layer.down, layer.down_bias)
