@@ -76,7 +76,7 @@ def _reporting(body: Body) -> Callable[..., None]:
             typer.echo(json.dumps({**result, "exit_status": status}, ensure_ascii=False))
         raise typer.Exit(status)
 
-    own = list(inspect.signature(body).parameters.values())[1:]
+    own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
     flag = inspect.Parameter(
         "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _JSON]
     )

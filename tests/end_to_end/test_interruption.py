@@ -1,0 +1,112 @@
+"""A job that is killed or stopped at any moment goes on where it was and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.command_line import Blendserve, command, completions, generated_row_indices, job_options
+
+
+def start(arguments: list[object]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("run", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for(path: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+    """Until the job has written a file that matches, so that a moment is chosen by state and not by the clock."""
+    for _ in range(6000):
+        if any(path.glob(pattern)) or process.poll() is not None:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{pattern} never appeared")
+
+
+@pytest.fixture
+def options(requests: Path, tmp_path: Path, tiny_model: Path) -> list[object]:
+    return [*job_options(requests, tmp_path / "out", tiny_model), "--shards", 2, "--max-num-seqs", 2]
+
+
+@pytest.fixture
+def uninterrupted(blendserve: Blendserve, requests: Path, tmp_path: Path, tiny_model: Path) -> dict[str, str]:
+    assert blendserve("run", *job_options(requests, tmp_path / "whole", tiny_model)).status == 0
+    return completions(tmp_path / "whole")
+
+
+MOMENTS = {
+    "at the start": "job.json",
+    "after extraction": "work/requests.parquet",
+    "after analysis": "work/prefix_nodes.parquet",
+    "in the sample": "completions/sample/shard-00000",
+    "after the plan": "plan/plan.json",
+    "in the first shard": "completions/shard-00000/part-*.parquet",
+    "in the second shard": "completions/shard-00001",
+    "in the merge": ".results.tmp",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_9(
+    moment: str, options: list[object], tmp_path: Path, blendserve: Blendserve, uninterrupted: dict[str, str]
+) -> None:
+    process = start(options)
+    wait_for(tmp_path / "out", MOMENTS[moment], process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    before = generated_row_indices(tmp_path / "out")
+    done = blendserve("run", *options)
+    assert done.status == 0, done.stderr
+    assert completions(tmp_path / "out") == uninterrupted
+    after = generated_row_indices(tmp_path / "out")
+    assert sorted(after) == sorted(set(after))
+    assert set(before) <= set(after)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_keeps_what_is_finished(
+    number: signal.Signals, options: list[object], tmp_path: Path, blendserve: Blendserve, uninterrupted: dict[str, str]
+) -> None:
+    process = start(options)
+    wait_for(tmp_path / "out", "completions/shard-00000", process)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "run the same command again to go on" in stdout + stderr
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    done = blendserve("run", *options)
+    assert done.status == 0, done.stderr
+    assert completions(tmp_path / "out") == uninterrupted
+    generated = generated_row_indices(tmp_path / "out")
+    assert len(generated) == len(set(generated))
+
+
+def test_when_only_the_command_is_killed_its_engine_ends_too(
+    options: list[object], tmp_path: Path, blendserve: Blendserve, uninterrupted: dict[str, str]
+) -> None:
+    process = start(options)
+    wait_for(tmp_path / "out", "completions/shard-00000", process)
+    process.kill()
+    process.communicate()
+    done = blendserve("run", *options)
+    assert done.status == 0, done.stderr
+    assert completions(tmp_path / "out") == uninterrupted
+    generated = generated_row_indices(tmp_path / "out")
+    assert len(generated) == len(set(generated))
+
+
+def test_two_runs_of_one_job_at_once(options: list[object], tmp_path: Path, blendserve: Blendserve) -> None:
+    process = start(options)
+    wait_for(tmp_path / "out", "job.json", process)
+    second = blendserve("run", *options)
+    process.communicate()
+    assert process.returncode == 0
+    assert second.status == 2
+    assert "in use by another run" in second.result["error"]
