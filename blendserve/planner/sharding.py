@@ -31,51 +31,51 @@ def split_from_both_ends(
     left, right = 0, len(places)
     shards = []
     for num_left in range(num_shards, 1, -1):
-        compute = (compute_before[right] - compute_before[left]) / num_left
-        memory = (memory_before[right] - memory_before[left]) / num_left
+        remaining = slice(left, right + 1)
         most = right - left - (num_left - 1)  # each later shard needs a request
-        taken_left, taken_right = _runs_with(compute_before, memory_before, left, right, compute, memory, most)
+        taken_left, taken_right = _runs_of_one_shard(
+            compute_before[remaining] - compute_before[left],
+            memory_before[remaining] - memory_before[left],
+            num_left,
+            most,
+        )
         shards.append(np.concatenate([places[left : left + taken_left], places[right - taken_right : right]]))
         left, right = left + taken_left, right - taken_right
     shards.append(places[left:right])
     return shards
 
 
-def _runs_with(
-    compute_before: NDArray[np.float64],
-    memory_before: NDArray[np.float64],
-    left: int,
-    right: int,
-    compute: float,
-    memory: float,
-    most: int,
+def _runs_of_one_shard(
+    compute: NDArray[np.float64], memory: NDArray[np.float64], num_shards: int, most: int
 ) -> tuple[int, int]:
-    """How many requests from the left and from the right hold `compute` and `memory` seconds together, 1 to `most`."""
+    """How many requests from the left and from the right make one of `num_shards` equal parts, 1 to `most` together.
+
+    `compute`, `memory` [num_remaining + 1]: seconds before each place. Requests are lumps: where the compute time fits
+    to the last request, the memory time may be off by many, so the right runs next to the solution are all weighed.
+    """
+    wanted_compute, wanted_memory = compute[-1] / num_shards, memory[-1] / num_shards
 
     def right_run(taken_left: int) -> int:
-        missing = compute - (compute_before[left + taken_left] - compute_before[left])
-        begin = _nearest(compute_before, compute_before[right] - max(missing, 0.0))
-        return min(max(right - begin, 0), most - taken_left)
+        begin = int(np.searchsorted(compute, compute[-1] - max(wanted_compute - compute[taken_left], 0.0)))
+        return min(len(compute) - 1 - begin, most - taken_left)
 
     low, high = 0, most
     while low < high:
         middle = (low + high) // 2
-        held = memory_before[left + middle] - memory_before[left]
-        held += memory_before[right] - memory_before[right - right_run(middle)]
-        overfull = compute_before[left + middle] - compute_before[left] >= compute
-        if held > memory and not overfull:
+        held_memory = memory[middle] + memory[-1] - memory[-1 - right_run(middle)]
+        if held_memory > wanted_memory and compute[middle] < wanted_compute:
             low = middle + 1
         else:
             high = middle
-    taken_right = right_run(low)
-    return (low, taken_right) if low + taken_right > 0 else (1, 0)
-
-
-def _nearest(rising: NDArray[np.float64], value: float) -> int:
-    above = int(np.searchsorted(rising, value))
-    if above == len(rising):
-        return above - 1
-    return above - 1 if above > 0 and value - rising[above - 1] <= rising[above] - value else above
+    best, least = (1, 0), np.inf
+    for taken_left in {low, max(low - 1, 0)}:
+        runs = np.arange(taken_left == 0, min(right_run(max(low - 1, 0)) + 1, most - taken_left) + 1)
+        compute_error = np.abs(compute[taken_left] + compute[-1] - compute[-1 - runs] - wanted_compute)
+        memory_error = np.abs(memory[taken_left] + memory[-1] - memory[-1 - runs] - wanted_memory)
+        error = np.maximum(compute_error / compute[-1], memory_error / memory[-1])
+        if len(runs) and error.min() < least:
+            best, least = (taken_left, int(runs[error.argmin()])), float(error.min())
+    return best
 
 
 def split_in_order(

@@ -1,0 +1,56 @@
+"""`sorted_prompts`, `sorted_requests`, `completed_requests` on small tables."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.golden.relations import rows_of
+
+
+def test_prompts_sort_by_their_tokens_as_signed_numbers_prefixes_first(tmp_path):
+    prompts = [[2], [10], [1, 9], [1], [1, 9], [1, 10, 0]]
+    table = pa.table(
+        {
+            "row_index": [5, 4, 3, 2, 1, 0],
+            "prompt_token_ids": pa.array(prompts, pa.list_(pa.int32())),
+            "num_prompt_tokens": [len(prompt) for prompt in prompts],
+            "max_tokens": [7] * 6,
+        }
+    )
+    pq.write_table(table, tmp_path / "tokenized_requests.parquet")
+    rows = rows_of(tmp_path, "sorted_prompts", {}, tokenized_requests=str(tmp_path / "tokenized_requests.parquet"))
+    assert [(row["file_position"], row["row_index"]) for row in rows] == [
+        (3, 2),
+        (4, 1),
+        (2, 3),
+        (5, 0),
+        (0, 5),
+        (1, 4),
+    ]
+
+
+@pytest.mark.parametrize(("dedupe", "expected"), [(True, [None, 4, None, None, None, 6]), (False, [None] * 6)])
+def test_duplicates_have_equal_prompts_and_equal_limits(tmp_path, dedupe, expected):
+    neighbours = {
+        "sort_position": [0, 1, 2, 3, 4, 5],
+        "row_index": [4, 9, 11, 5, 6, 8],
+        "num_prompt_tokens": [3, 3, 3, 4, 2, 2],
+        "max_tokens": [1, 1, 2, 1, 1, 1],
+        "shared_prefix_tokens": [0, 3, 3, 3, 0, 2],
+    }
+    rows = rows_of(tmp_path, "sorted_requests", {"neighbours": neighbours}, dedupe=dedupe)
+    assert [row["duplicate_of"] for row in rows] == expected
+    assert [row["sort_position"] for row in rows] == list(range(6))
+
+
+def test_failed_completions_do_not_count_and_repeated_ones_count_once(tmp_path):
+    for name, columns in {
+        "part-0": {"row_index": [1, 2], "finish_reason": ["stop", "error"], "num_completion_tokens": [3, 0]},
+        "part-1": {"row_index": [1, 4], "finish_reason": ["stop", "length"], "num_completion_tokens": [3, 9]},
+    }.items():
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    files = [str(tmp_path / "part-0.parquet"), str(tmp_path / "part-1.parquet")]
+    rows = rows_of(tmp_path, "completed_requests", {}, completions=files)
+    assert sorted(tuple(row.values()) for row in rows) == [(1, "stop", 3), (4, "length", 9)]

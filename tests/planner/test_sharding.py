@@ -1,0 +1,52 @@
+"""Shards: every request in one, compute and memory time both in balance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blendserve.planner.sharding import choose_num_shards, split_from_both_ends, split_in_order
+
+COSTS = st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), min_size=1, max_size=60)
+
+
+@given(costs=COSTS, wanted=st.integers(1, 8), split=st.sampled_from([split_from_both_ends, split_in_order]))
+def test_each_request_in_exactly_one_shard_and_none_empty(costs, wanted, split):
+    costs = sorted(costs, key=lambda cost: -cost[0] / cost[1])
+    compute, memory = np.array(costs).T
+    shards = split(compute, memory, min(wanted, len(costs)))
+    assert len(shards) == min(wanted, len(costs))
+    assert all(len(shard) and np.all(np.diff(shard) > 0) for shard in shards)
+    assert sorted(np.concatenate(shards).tolist()) == list(range(len(costs)))
+
+
+@given(seed=st.integers(0, 1000), num_shards=st.integers(2, 8))
+def test_both_times_are_balanced(seed, num_shards):
+    random = np.random.default_rng(seed)
+    compute, memory = random.lognormal(size=2000), random.lognormal(size=2000)
+    order = np.argsort(-compute / memory)
+    compute, memory = compute[order], memory[order]
+    shards = split_from_both_ends(compute, memory, num_shards)
+    for seconds in (compute, memory):
+        parts = [seconds[shard].sum() for shard in shards]
+        assert max(parts) <= seconds.sum() / num_shards + 2 * seconds.max()
+        assert min(parts) >= seconds.sum() / num_shards - 2 * seconds.max()
+
+
+def test_consecutive_cuts_of_a_density_order_would_not_balance_both():
+    compute = np.linspace(10, 1, 100)
+    memory = np.linspace(1, 10, 100)
+    naive = [compute[shard].sum() / memory[shard].sum() for shard in split_in_order(compute, memory, 2)]
+    balanced = [compute[shard].sum() / memory[shard].sum() for shard in split_from_both_ends(compute, memory, 2)]
+    assert naive[0] > 2 * naive[1]
+    assert balanced == pytest.approx([1.0, 1.0], rel=0.02)
+
+
+def test_number_of_shards():
+    assert choose_num_shards(None, predicted_seconds=10, num_requests=100) == 1
+    assert choose_num_shards(None, predicted_seconds=3601, num_requests=100) == 4
+    assert choose_num_shards(None, predicted_seconds=1e9, num_requests=3) == 3
+    assert choose_num_shards(5, predicted_seconds=10, num_requests=100) == 5
+    assert choose_num_shards(5, predicted_seconds=0, num_requests=0) == 0
