@@ -65,6 +65,7 @@ OPTIONS = {
             "What the trigger form proposes as output; {run_id} becomes the run's id.",
         ),
         Option("default_model", "string", "smollm2", "What the trigger form proposes as model."),
+        Option("retry_delay_seconds", "integer", "30", "Seconds before a failed step is tried again."),
         Option(
             "log_progress_seconds",
             "integer",

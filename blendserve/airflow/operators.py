@@ -166,7 +166,7 @@ class PlanOperator(FolderOperator):
         from blendserve import job
 
         plan = job.plan(Path(self.root))
-        self.log.info("plan", policy=plan.policy, num_shards=len(plan.shards), **plan.summary)
+        self.log.info("plan done", **plan.summary)
         shards = [
             PlannedShard(
                 shard=shard.shard,

@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -26,7 +28,9 @@ from blendserve.airflow import configuration
 from blendserve.errors import BlendServeError
 
 START_SECONDS = 120.0
-STOP_SECONDS = 20.0
+STOP_SECONDS = 8.0
+# What a person who runs a DAG in a terminal wants to read; Airflow's own lines drown it.
+SHOWN_LOGS = "blendserve=INFO airflow.task.operators.blendserve=INFO airflow.sdk.definitions.dag=ERROR"
 
 app = typer.Typer(add_completion=False, help="Airflow on this machine alone, ready for BlendServe.")
 
@@ -85,9 +89,14 @@ def serve(
     """Start the UI and everything behind it; stop it all with Ctrl-C."""
     home = Path(os.environ.get("BLENDSERVE_AIRFLOW_HOME", ".airflow")).absolute()
     os.environ.update(environment(home, dags.absolute(), port))
+    if context.invoked_subcommand is not None:
+        return
     prepare()
-    if context.invoked_subcommand is None:
-        raise typer.Exit(_serve_until_stopped(f"http://127.0.0.1:{port}"))
+    address = f"http://127.0.0.1:{port}"
+    with _own_session([sys.executable, "-m", "airflow", "standalone"]) as process:
+        _wait_until_healthy(process, address)
+        typer.echo(f"\nAirflow is ready: {address}\nTrigger the DAG at {address}/dags/blendserve_batch\n")
+        raise typer.Exit(process.wait())
 
 
 @app.command()
@@ -95,27 +104,28 @@ def run(
     dag_id: Annotated[str, typer.Argument(help="Which DAG.")],
     conf: Annotated[str, typer.Option(help="Params of the run, as JSON.")] = "{}",
 ) -> None:
-    """Run a DAG once, to its end, in this process; the exit status says how it went."""
+    """Run a DAG once, to its end, without a server; the exit status says how it went."""
     os.environ.setdefault("AIRFLOW__LOGGING__LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("AIRFLOW__LOGGING__NAMESPACE_LEVELS", "blendserve=INFO")
-    os.execv(sys.executable, [sys.executable, "-m", "airflow", "dags", "test", dag_id, "--conf", conf])  # noqa: S606
+    os.environ.setdefault("AIRFLOW__LOGGING__NAMESPACE_LEVELS", SHOWN_LOGS)
+    os.environ.setdefault("AIRFLOW__BLENDSERVE__RETRY_DELAY_SECONDS", "1")
+    with _own_session([sys.executable, "-m", "blendserve.airflow.single_run", dag_id, conf]) as process:
+        raise typer.Exit(process.wait())
 
 
-def _serve_until_stopped(address: str) -> int:
-    process = subprocess.Popen([sys.executable, "-m", "airflow", "standalone"], start_new_session=True)
+@contextmanager
+def _own_session(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `command` as the leader of a session; when this ends or is stopped, all of the session ends with it."""
+    process = subprocess.Popen(command, start_new_session=True)  # noqa: S603 - this interpreter, no shell
 
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    def stop(signal_number: int, _frame: FrameType | None) -> None:
+        raise typer.Exit(128 + signal_number)
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
-        _wait_until_healthy(process, address)
-        typer.echo(f"\nAirflow is ready: {address}\nTrigger the DAG at {address}/dags/blendserve_batch\n")
-        return process.wait()
-    except KeyboardInterrupt:
-        return 0
+        yield process
     finally:
-        _stop_group(process)
+        _stop_session(process)
 
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], address: str) -> None:
@@ -139,11 +149,10 @@ def is_healthy(address: str) -> bool:
     return all(state[part]["status"] == "healthy" for part in ("metadatabase", "scheduler", "dag_processor"))
 
 
-def _stop_group(process: subprocess.Popen[bytes]) -> None:
-    """End Airflow and all that it started. They share the session that `process` leads."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
+def _stop_session(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
         try:
-            os.killpg(process.pid, sign)
+            os.killpg(process.pid, number)
             process.wait(timeout=STOP_SECONDS)
         except ProcessLookupError:
             return

@@ -64,6 +64,7 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
     :param pool: pool of the tasks that run the engine; by default `[blendserve] gpu_pool`.
     :param queue: queue of these tasks; by default `[blendserve] gpu_queue`, or else the executor's default queue.
     :param retries: attempts after the first one; each goes on where the last one stopped.
+    :param retry_delay: time before the next attempt; by default `[blendserve] retry_delay_seconds`.
     :param execution_timeout: longest time for one shard.
     :param options: fields of `JobSpec`.
     """
@@ -77,11 +78,12 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
         pool: str | None = None,
         queue: str | None = None,
         retries: int = 2,
-        retry_delay: timedelta = timedelta(seconds=30),
+        retry_delay: timedelta | None = None,
         execution_timeout: timedelta = DEFAULT_EXECUTION_TIMEOUT,
         **options: Any,
     ) -> None:
-        super().__init__(group_id=group_id, default_args={"retries": retries, "retry_delay": retry_delay})
+        delay = retry_delay or timedelta(seconds=configuration.get_integer("retry_delay_seconds"))
+        super().__init__(group_id=group_id, default_args={"retries": retries, "retry_delay": delay})
         on_gpu = _gpu_placement(pool, queue) | {"execution_timeout": execution_timeout}
         with self:
             root, prepared = _prepare(options, use_params)
