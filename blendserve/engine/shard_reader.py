@@ -44,7 +44,7 @@ class ShardReader:
         self._groups: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
         self.row_indices = self._numbers("row_index").astype(np.int64)  # of all requests in the file
         self._remaining = np.flatnonzero(~np.isin(self.row_indices, list(done_rows)))
-        self.num_kv_tokens = self._count_kv_tokens()
+        self.max_completion_tokens = int(self._numbers("max_tokens")[self._remaining].sum())
         self.scanner = DualScanner(
             compute_seconds=self._numbers("compute_seconds")[self._remaining],
             memory_seconds=self._numbers("memory_seconds")[self._remaining],
@@ -80,7 +80,7 @@ class ShardReader:
         columns = ["row_index", "request_id", "max_tokens", "estimated_output_tokens"]
         table = self._file.read_row_group(index, columns=[*columns, "prompt_token_ids"])
         prompts = table.column("prompt_token_ids")
-        rows = table.select(columns).to_pylist()
+        rows: list[dict[str, Any]] = table.select(columns).to_pylist()
         for row, prompt in zip(rows, prompts, strict=True):
             row["prompt_token_ids"] = prompt.values.to_numpy()
         self._groups[index] = rows
@@ -91,16 +91,3 @@ class ShardReader:
     def _numbers(self, column: str) -> NDArray[np.float64]:
         values: NDArray[np.float64] = self._file.read(columns=[column]).column(column).to_numpy()
         return values
-
-    def _count_kv_tokens(self) -> int:
-        """KV cache tokens of all remaining requests at their longest, each rounded up to a block of at most 256."""
-        max_tokens = self._numbers("max_tokens")[self._remaining]
-        prompt_lens = self._prompt_lens()[self._remaining]
-        return int((max_tokens + prompt_lens + 256).sum())
-
-    def _prompt_lens(self) -> NDArray[np.int64]:
-        parts = [
-            np.diff(chunk.offsets.to_numpy())
-            for chunk in self._file.read(columns=["prompt_token_ids"]).column("prompt_token_ids").chunks
-        ]
-        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)

@@ -1,0 +1,259 @@
+"""Runs one shard of a plan, in a process of its own: `python -m blendserve.engine.run_shard PLAN_DIR N`.
+
+Whatever an earlier attempt finished is kept and not run again. shard.json, written last, says that the shard is done.
+Messages and progress (JSON lines) go to stderr, the shard's manifest is the last line of stdout; prompts go nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+import blendserve
+from blendserve.engine.device import describe_device, resolve_device
+from blendserve.engine.engine import LLMEngine
+from blendserve.engine.request import Completion, FinishReason
+from blendserve.engine.shard_folder import CompletionWriter, ShardFolder
+from blendserve.engine.shard_reader import ShardReader
+from blendserve.engine.step_metrics import StepMetrics
+from blendserve.errors import BlendServeError, Interrupted, PlanError, ReconciliationError
+from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan, read_manifest, write_manifest
+
+_PROGRESS_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a shard is. `done`: requests, those of earlier attempts too; tokens: prompt and output."""
+
+    shard: int
+    done: int
+    total: int
+    num_running: int
+    tokens_per_second: float
+    seconds: float
+
+
+def run_shard(
+    plan_dir: Path,
+    shard: int,
+    *,
+    should_stop: Callable[[], bool],
+    on_progress: Callable[[Progress], None] | None,
+) -> ShardManifest:
+    """Run what is left of a shard of the plan in `plan_dir`; returns at once when nothing is.
+
+    Raises Interrupted when `should_stop()` said so before the end; then all that was finished is written, and calling
+    it again goes on. Raises PlanError, ModelError, UsageError or OutputError for what plan, model, device or disk lack.
+    """
+    plan = read_manifest(plan_dir / "plan.json", PlanManifest)
+    shard_plan = _find_shard(plan, shard, plan_dir)
+    folder = ShardFolder((plan_dir / plan.completions).resolve() / f"shard-{shard:05d}")
+    with folder.locked():
+        finished = _finished(folder, plan)
+        if finished is not None:
+            return finished
+        folder.clean_up()
+        return _ShardRun(plan_dir, plan, shard_plan, folder, on_progress).run(should_stop)
+
+
+def _find_shard(plan: PlanManifest, shard: int, plan_dir: Path) -> ShardPlan:
+    for shard_plan in plan.shards:
+        if shard_plan.shard == shard:
+            return shard_plan
+    raise PlanError(f"The plan in {plan_dir} has no shard {shard}. Expected 0 to {len(plan.shards) - 1}.")
+
+
+def _finished(folder: ShardFolder, plan: PlanManifest) -> ShardManifest | None:
+    """The manifest of a shard that is done. One of an earlier plan is removed; its completions stay."""
+    if not folder.manifest.exists():
+        return None
+    manifest = read_manifest(folder.manifest, ShardManifest)
+    if manifest.plan_id == plan.plan_id:
+        return manifest
+    folder.manifest.unlink()
+    return None
+
+
+class _ShardRun:
+    """One attempt at a shard."""
+
+    def __init__(
+        self,
+        plan_dir: Path,
+        plan: PlanManifest,
+        shard_plan: ShardPlan,
+        folder: ShardFolder,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._plan = plan
+        self._shard_plan = shard_plan
+        self._folder = folder
+        self._on_progress = on_progress
+        self._reader = ShardReader(
+            plan_dir / shard_plan.file,
+            seed=plan.sampling.seed,
+            is_two_ended=plan.is_two_ended,
+            done_rows=folder.read_counts().column("row_index").to_pylist(),
+        )
+        self._num_requests = len(self._reader.row_indices)
+        self._num_resumed = self._num_requests - self._reader.num_requests
+        self._num_done = self._num_resumed
+        self._num_tokens = 0
+        self._reported_at = 0.0
+        self._steps: list[StepMetrics] = []
+
+    def run(self, should_stop: Callable[[], bool]) -> ShardManifest:
+        device = describe_device(resolve_device(self._plan.engine))
+        log.info(
+            "Shard %d: %d requests, %d of them finished earlier, on %s",
+            *(self._shard_plan.shard, self._num_requests, self._num_resumed, device),
+        )
+        if self._reader.num_requests:
+            self._run_engine(should_stop)
+        if self._num_done < self._num_requests:
+            raise Interrupted(
+                f"Shard {self._shard_plan.shard} was asked to stop with {self._num_done} of {self._num_requests} "
+                "requests finished. They are written; run the shard again to go on."
+            )
+        self._folder.write_metrics(self._steps)
+        manifest = self._manifest(device)
+        write_manifest(self._folder.manifest, manifest)
+        return manifest
+
+    def _run_engine(self, should_stop: Callable[[], bool]) -> None:
+        plan, writer = self._plan, CompletionWriter(self._folder)
+        # Each request rounds its last block up.
+        rounding = self._reader.num_requests * plan.engine.block_size
+        engine = LLMEngine(
+            Path(plan.model),
+            plan.engine,
+            plan.sampling,
+            max_useful_tokens=self._shard_plan.num_prompt_tokens + self._reader.max_completion_tokens + rounding,
+        )
+
+        def on_step(metrics: StepMetrics) -> None:
+            self._steps.append(metrics)
+            self._num_tokens += metrics.num_prefill_tokens + metrics.num_cached_tokens + metrics.num_decode_tokens
+            writer.flush_if_due()
+            self._report(metrics)
+
+        def on_finished(completion: Completion) -> None:
+            writer.add(completion)
+            self._num_done += 1
+
+        try:
+            engine.run(self._reader, on_finished=on_finished, on_step=on_step, should_stop=should_stop)
+        finally:
+            writer.flush()
+
+    def _report(self, metrics: StepMetrics) -> None:
+        """Tell the progress, at most once a second and once at the end."""
+        now = time.monotonic()
+        is_last = self._num_done == self._num_requests
+        if self._on_progress is None or (now - self._reported_at < _PROGRESS_SECONDS and not is_last):
+            return
+        self._reported_at = now
+        seconds = metrics.started_seconds + metrics.step_seconds
+        self._on_progress(
+            Progress(
+                shard=self._shard_plan.shard,
+                done=self._num_done,
+                total=self._num_requests,
+                num_running=metrics.num_running,
+                tokens_per_second=round(self._num_tokens / seconds, 1) if seconds > 0 else 0.0,
+                seconds=round(seconds, 3),
+            )
+        )
+
+    def _manifest(self, device: str) -> ShardManifest:
+        counts = self._folder.read_counts()
+        counts = counts.filter(pc.is_in(counts.column("row_index"), pa.array(self._reader.row_indices)))
+        num_rows = pc.count_distinct(counts.column("row_index")).as_py()
+        if counts.num_rows != self._num_requests or num_rows != self._num_requests:
+            raise ReconciliationError(
+                f"{self._folder.path} holds {counts.num_rows} completions of {num_rows} requests, expected one for "
+                f"each of {self._num_requests}. Remove the folder and run the shard again."
+            )
+
+        def total(column: str) -> int:
+            return int(pc.sum(counts.column(column)).as_py() or 0)
+
+        num_failed = int(pc.sum(pc.equal(counts.column("finish_reason"), FinishReason.ERROR.value)).as_py() or 0)
+        return ShardManifest(
+            plan_id=self._plan.plan_id,
+            shard=self._shard_plan.shard,
+            status="done",
+            num_requests=self._num_requests,
+            num_succeeded=self._num_requests - num_failed,
+            num_failed=num_failed,
+            num_resumed=self._num_resumed,
+            num_prompt_tokens=total("num_prompt_tokens"),
+            num_cached_tokens=total("num_cached_tokens"),
+            num_completion_tokens=total("num_completion_tokens"),
+            num_preemptions=sum(step.num_preempted for step in self._steps),
+            num_steps=len(self._steps),
+            seconds=self._steps[-1].started_seconds + self._steps[-1].step_seconds if self._steps else 0.0,
+            device=device,
+            versions=_versions(),
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "blendserve": blendserve.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyarrow": pa.__version__,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a shard as the command line says. Returns the exit status: 0 done, 130 stopped, else that of the error."""
+    parser = argparse.ArgumentParser(prog="python -m blendserve.engine.run_shard", description="Run a plan's shard.")
+    parser.add_argument("plan_dir", type=Path, help="the folder of plan.json")
+    parser.add_argument("shard", type=int, help="the shard's number, from 0")
+    parser.add_argument("--stop-at-eof", action="store_true", help="stop when stdin is closed, as by a dead parent")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    if arguments.stop_at_eof:
+        threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
+    try:
+        manifest = run_shard(arguments.plan_dir, arguments.shard, should_stop=stop.is_set, on_progress=_write_progress)
+    except BlendServeError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_status
+    sys.stdout.write(manifest.model_dump_json() + "\n")
+    return 0
+
+
+def _wait_for_eof(stop: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stop.set()
+
+
+def _write_progress(progress: Progress) -> None:
+    sys.stderr.write(json.dumps({"event": "progress", **asdict(progress)}) + "\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
