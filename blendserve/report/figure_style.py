@@ -1,0 +1,78 @@
+"""The look that all figures share, and how a figure becomes data inside the page.
+
+Colours are names of the page's CSS variables, such as `var(--left)`; the page's script puts in their values for light
+or dark mode, so that a colour is defined once, in page.css.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+from markupsafe import Markup
+
+INK, MUTED, LINE = "var(--ink)", "var(--muted)", "var(--line)"
+LEFT, RIGHT = "var(--left)", "var(--right)"  # compute-heavy and memory-heavy: the two fronts of the plan
+LEFT_AREA, RIGHT_AREA = "var(--left-area)", "var(--right-area)"
+PLANNED, REAL = "var(--planned)", "var(--left)"
+MAX_POINTS = 2_000
+
+_AXIS = {
+    "gridcolor": LINE,
+    "linecolor": LINE,
+    "zeroline": False,
+    "ticks": "",
+    "tickfont": {"color": MUTED, "size": 12},
+    "title": {"font": {"color": MUTED, "size": 12}, "standoff": 10},
+    "automargin": True,
+}
+_IN_SCRIPT = {"&": "\\u0026", "<": "\\u003c", ">": "\\u003e", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A figure, or the reason why there is none, beside the one sentence that explains it.
+
+    `data` is the figure as JSON that is safe inside a script element.
+    """
+
+    name: str
+    title: str
+    caption: str
+    data: Markup | None
+    label: str  # what a screen reader says
+
+    @classmethod
+    def drawn(cls, name: str, title: str, caption: str, figure: go.Figure) -> Chart:
+        return cls(name, title, caption, _as_script_data(figure), f"Figure: {title}")
+
+    @classmethod
+    def missing(cls, name: str, title: str, reason: str) -> Chart:
+        return cls(name, title, reason, None, title)
+
+
+def style(figure: go.Figure, *, height: int, **layout: Any) -> go.Figure:
+    """Give a finished figure the report's look; `layout` is what this figure wants otherwise."""
+    figure.update_layout(
+        template="none",
+        height=height,
+        margin={"l": 8, "r": 8, "t": 28, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, -apple-system, 'Segoe UI', sans-serif", "size": 13, "color": INK},
+        hoverlabel={"bgcolor": "var(--surface)", "bordercolor": LINE, "font": {"color": INK, "size": 12.5}},
+        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"color": MUTED}},
+        bargap=0.35,
+    )
+    figure.update_xaxes(**_AXIS, showgrid=False)
+    figure.update_yaxes(**_AXIS)
+    figure.update_layout(**layout)
+    return figure
+
+
+def _as_script_data(figure: go.Figure) -> Markup:
+    text = figure.to_json(validate=False)
+    for character, escape in _IN_SCRIPT.items():
+        text = text.replace(character, escape)
+    return Markup(text)  # noqa: S704 - every character that could end the script element is escaped above

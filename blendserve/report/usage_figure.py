@@ -1,0 +1,202 @@
+"""Resource use over time: what the engine's steps held and did, over all shards, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from plotly.subplots import make_subplots
+
+from blendserve.report.figure_style import (
+    INK,
+    LEFT,
+    LEFT_AREA,
+    MUTED,
+    PLANNED,
+    RIGHT,
+    RIGHT_AREA,
+    Chart,
+    style,
+)
+from blendserve.report.job_files import JobFiles, ShardRun, read_columns
+from blendserve.report.number_format import format_count, format_seconds
+
+_TITLE = "Resource use over time"
+_MAX_POINTS = 600  # every other pixel of the page
+_MAX_MARKED_RUNS = 12
+_PANELS = (
+    "tokens per step",
+    "running requests",
+    "KV cache blocks in use",
+    "KV cache bytes read per step",
+    "milliseconds per step",
+)
+_SUMMED = (
+    "num_prefill_tokens",
+    "num_decode_tokens",
+    "num_running",
+    "num_running_left",
+    "num_used_blocks",
+    "num_total_blocks",
+    "kv_read_bytes",
+    "step_seconds",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Metrics averaged over pieces of time; `seconds` and every column of `means` are [num_points].
+
+    run_starts: (name, second at which it begins) of every run that has steps, laid end to end.
+    """
+
+    seconds: NDArray[np.float64]
+    means: dict[str, NDArray[np.float64]]
+    max_step_seconds: NDArray[np.float64]
+    run_starts: tuple[tuple[str, float], ...]
+    num_steps: int
+    num_preempted: int
+    num_seconds: float
+
+
+def draw_usage(job: JobFiles) -> Chart:
+    """The chart of every `metrics.parquet`, at most 600 points in time."""
+    timeline = read_timeline(job)
+    if timeline is None:
+        return Chart.missing("usage", _TITLE, "No shard has left step metrics, so there is nothing to draw.")
+    caption = (
+        f"What the engine did in {format_count(timeline.num_steps)} steps over "
+        f"{format_seconds(timeline.num_seconds)}, the sample and the shards laid end to end: blending shows as prefill "
+        "and decode tokens sharing the steps all the way through, with both fronts running and the cache kept full"
+    )
+    preempted = timeline.num_preempted
+    caption += f" ({format_count(preempted)} preemption{'' if preempted == 1 else 's'})."
+    return Chart.drawn("usage", _TITLE, caption, _figure(timeline))
+
+
+def read_timeline(job: JobFiles) -> Timeline | None:
+    """The steps of all runs on one time axis, or None where none left metrics."""
+    runs = [run for run in job.runs if run.metrics.is_file() and pq.read_metadata(run.metrics).num_rows]
+    if not runs:
+        return None
+    seconds = [_num_seconds(run) for run in runs]
+    begins = np.cumsum([0.0, *seconds[:-1]])
+    points = list(_points(runs, begins, seconds))
+    return Timeline(
+        seconds=np.concatenate([point["started_seconds"] for point in points]),
+        means={name: np.concatenate([point[name] for point in points]) for name in _SUMMED},
+        max_step_seconds=np.concatenate([point["max_step_seconds"] for point in points]),
+        run_starts=tuple((run.name, float(begin)) for run, begin in zip(runs, begins, strict=True)),
+        num_steps=sum(pq.read_metadata(run.metrics).num_rows for run in runs),
+        num_preempted=sum(int(read_columns(run.metrics, "num_preempted")[0].sum()) for run in runs),
+        num_seconds=sum(seconds),
+    )
+
+
+def _num_seconds(run: ShardRun) -> float:
+    started, took = read_columns(run.metrics, "started_seconds", "step_seconds")
+    return float((started + took).max())
+
+
+def _points(
+    runs: list[ShardRun], begins: NDArray[np.float64], seconds: list[float]
+) -> Iterator[dict[str, NDArray[np.float64]]]:
+    """One run at a time, so that memory is bounded by the largest; each gets points by its share of the time."""
+    for run, begin, run_seconds in zip(runs, begins, seconds, strict=True):
+        max_points = max(int((_MAX_POINTS - len(runs)) * run_seconds / max(sum(seconds), 1e-9)), 1)
+        names = ("started_seconds", *_SUMMED)
+        columns = dict(zip(names, read_columns(run.metrics, *names), strict=True))
+        starts = _pieces(columns["started_seconds"], run_seconds, max_points)
+        sizes = np.diff(np.append(starts, len(columns["started_seconds"])))
+        point = {name: np.add.reduceat(columns[name].astype(np.float64), starts) / sizes for name in _SUMMED}
+        point["started_seconds"] = columns["started_seconds"][starts] + begin
+        point["max_step_seconds"] = np.maximum.reduceat(columns["step_seconds"], starts)
+        yield point
+
+
+def _pieces(started: NDArray[np.float64], seconds: float, max_pieces: int) -> NDArray[np.int64]:
+    """Indices of the steps that begin a piece: every step, or the first one in each of `max_pieces` equal times."""
+    if len(started) <= max_pieces:
+        return np.arange(len(started))
+    piece = np.minimum((started / max(seconds, 1e-9) * max_pieces).astype(np.int64), max_pieces - 1)
+    return np.flatnonzero(np.diff(piece, prepend=-1) > 0)
+
+
+def _figure(timeline: Timeline) -> go.Figure:
+    figure = make_subplots(rows=len(_PANELS), cols=1, shared_xaxes=True, vertical_spacing=0.055, subplot_titles=_PANELS)
+    for row, (name, label, line, area, is_stacked) in _series():
+        values = _values(timeline, name)
+        figure.add_trace(
+            go.Scatter(
+                x=timeline.seconds,
+                y=values,
+                name=label,
+                legend="legend" if row == 1 else f"legend{row}",
+                mode="lines",
+                line={"color": line, "width": 1.2, "shape": "hv" if len(values) < 200 else "linear"},
+                fill=None if area is None else "tonexty" if is_stacked else "tozeroy",
+                fillcolor=area,
+                stackgroup=f"panel {row}" if is_stacked else None,
+                hovertemplate=f"%{{y:.4~s}} {label}<extra></extra>",
+            ),
+            row=row,
+            col=1,
+        )
+    style(figure, height=170 * len(_PANELS), hovermode="x unified", **_legends())
+    figure.update_annotations(x=0, xanchor="left", font={"size": 13, "color": INK})
+    if len(timeline.run_starts) > 1:
+        for name, begin in timeline.run_starts[:_MAX_MARKED_RUNS]:
+            figure.add_vline(x=begin, line={"color": MUTED, "width": 1, "dash": "dot"})
+            figure.add_annotation(
+                x=begin, y=1, yref="y domain", text=name, showarrow=False, xanchor="left", yanchor="top",
+                font={"color": MUTED, "size": 11},
+            )  # fmt: skip
+    figure.update_yaxes(rangemode="tozero", tickformat="~s", nticks=5)
+    figure.update_xaxes(title_text="seconds of engine time", row=len(_PANELS), col=1)
+    return figure
+
+
+def _series() -> list[tuple[int, tuple[str, str, str, str | None, bool]]]:
+    """(panel, (values, label, line, area, is_stacked))"""
+    return [
+        (1, ("num_prefill_tokens", "prefill", LEFT, LEFT_AREA, True)),
+        (1, ("num_decode_tokens", "decode", RIGHT, RIGHT_AREA, True)),
+        (2, ("num_running_left", "left front", LEFT, LEFT_AREA, True)),
+        (2, ("num_running_right", "right front", RIGHT, RIGHT_AREA, True)),
+        (3, ("num_used_blocks", "in use", LEFT, LEFT_AREA, False)),
+        (3, ("num_total_blocks", "there are", MUTED, None, False)),
+        (4, ("kv_read_bytes", "bytes", RIGHT, RIGHT_AREA, False)),
+        (5, ("max_step_seconds", "longest", PLANNED, None, False)),
+        (5, ("step_seconds", "mean", INK, None, False)),
+    ]
+
+
+def _values(timeline: Timeline, name: str) -> NDArray[np.float64]:
+    if name == "num_running_right":
+        return timeline.means["num_running"] - timeline.means["num_running_left"]
+    if name == "max_step_seconds":
+        return timeline.max_step_seconds * 1e3
+    return timeline.means[name] * (1e3 if name == "step_seconds" else 1.0)
+
+
+def _legends() -> dict[str, object]:
+    """A legend beside the title of every panel."""
+    height = (1 - 0.055 * (len(_PANELS) - 1)) / len(_PANELS)
+    legends: dict[str, object] = {}
+    for panel in range(len(_PANELS)):
+        top = 1 - panel * (height + 0.055)
+        legends["legend" if panel == 0 else f"legend{panel + 1}"] = {
+            "orientation": "h",
+            "x": 1,
+            "xanchor": "right",
+            "y": top,
+            "yanchor": "bottom",
+            "font": {"color": MUTED, "size": 12},
+            "bgcolor": "rgba(0,0,0,0)",
+            "traceorder": "normal",
+        }
+    return legends
