@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import platform
 import signal
 import sys
@@ -246,7 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _wait_for_eof(stop: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    # The bare descriptor: a thread inside sys.stdin would hold its lock and break the interpreter's end.
+    while os.read(0, 1):
+        continue
     stop.set()
 
 
