@@ -28,6 +28,7 @@ def run_dag(dag_id: str, params: str) -> None:
 
     Raises UsageError for an unknown DAG or bad params, RunFailedError when a task failed.
     """
+    stated = _params(params)
     from airflow.dag_processing.dagbag import DagBag
 
     # It warns every second in which no task can start, which is every second of a retry's delay.
@@ -40,7 +41,7 @@ def run_dag(dag_id: str, params: str) -> None:
             f"{folder} has no DAG '{dag_id}'. It has: {', '.join(sorted(bag.dags)) or 'none'}."
             + "".join(f"\n{file} can't be imported: {error}" for file, error in bag.import_errors.items())
         )
-    state = bag.dags[dag_id].test(run_conf=_params(params)).state
+    state = bag.dags[dag_id].test(run_conf=stated).state
     if state != "success":
         raise RunFailedError(f"The run of {dag_id} ended as '{state}'. The lines above say which task failed and why.")
 

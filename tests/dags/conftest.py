@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,12 +57,30 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def migrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An Airflow home with its database made, to copy: making one takes longer than a small run."""
+    home = tmp_path_factory.mktemp("airflow") / "home"
+    subprocess.run(
+        [sys.executable, "-c", "from blendserve.airflow.standalone import prepare; prepare()"],
+        env=own_environment() | {"AIRFLOW_HOME": str(home), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    return home
+
+
 @pytest.fixture
-def airflow_environment(workspace: Path) -> dict[str, str]:
-    """Environment of an Airflow of this test's own; its form may read and write in the workspace only."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")}
-    return own | {
+def airflow_environment(workspace: Path, tiny_model: Path, migrated_home: Path) -> dict[str, str]:
+    """Environment of an Airflow of this test's own; its form may use the workspace and the tiny model only."""
+    shutil.copytree(migrated_home, workspace / "airflow")
+    return own_environment() | {
         "BLENDSERVE_AIRFLOW_HOME": str(workspace / "airflow"),
-        "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}",
+        "AIRFLOW__BLENDSERVE__ALLOWED_PATHS": f"{workspace},{tiny_model}",
+        "AIRFLOW__BLENDSERVE__RETRY_DELAY_SECONDS": "1",
     }
+
+
+def own_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")}

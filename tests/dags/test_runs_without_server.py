@@ -1,0 +1,116 @@
+"""The DAG in one process, as `make demo` runs it: the real engine on a tiny model, failures with their reasons."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+DAGS = Path(__file__).resolve().parents[2] / "dags"
+
+
+def start(environment: dict[str, str], workspace: Path, dag_id: str, dags: Path = DAGS, **params: Any) -> Any:
+    command = [sys.executable, "-m", "blendserve.airflow.standalone", "--dags", str(dags), "run", dag_id]
+    return subprocess.Popen(
+        [*command, "--conf", json.dumps(params)],
+        cwd=workspace,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(environment: dict[str, str], workspace: Path, dag_id: str, dags: Path = DAGS, **params: Any) -> tuple[int, str]:
+    process = start(environment, workspace, dag_id, dags, **params)
+    output, _ = process.communicate(timeout=200)
+    return process.returncode, output
+
+
+def test_batch_answers_every_row(airflow_environment: dict[str, str], workspace: Path, tiny_model: Path) -> None:
+    params: dict[str, Any] = {"model": str(tiny_model), "max_tokens": 5, "shards": 3, "ignore_eos": True}
+    status, output = run(
+        airflow_environment, workspace, "blendserve_batch", input="requests.parquet", output="out/{run_id}", **params
+    )
+    assert status == 0, output
+    assert all(f"shard={number}" in output for number in range(3))
+
+    (job,) = (workspace / "out").iterdir()
+    results = pq.read_table(job / "results")
+    assert results["request_id"].to_pylist() == [f"row-{number}" for number in range(12)]
+    assert set(results["finish_reason"].to_pylist()) == {"length"}
+    assert results["kind"].to_pylist() == ["a", "b"] * 6
+    assert (job / "_SUCCESS").is_file()
+    assert (job / "report.html").is_file()
+
+
+def test_own_dag_stopped_in_mid_shard_goes_on(
+    airflow_environment: dict[str, str], workspace: Path, tiny_model: Path
+) -> None:
+    """A DAG of a team's own, with Airflow templates in its options and Jinja over the rows in its prompt template."""
+    dags = workspace / "dags"
+    dags.mkdir()
+    (dags / "own.py").write_text(
+        f"""
+from airflow.sdk import DAG
+from blendserve.airflow import BlendServeBatch
+
+with DAG("own", schedule=None, params={{"name": "first"}}):
+    BlendServeBatch(
+        input="{workspace}/requests.parquet",
+        output="{workspace}/out/{{{{ params.name }}}}",
+        model={str(tiny_model)!r},
+        template="Is it {{{{ kind }}}}? {{{{ prompt }}}}",
+        max_tokens=150,
+        ignore_eos=True,
+        max_num_seqs=1,
+        retries=0,
+    )
+"""
+    )
+    job = workspace / "out" / "first"
+    process = start(airflow_environment, workspace, "own", dags)
+    wait_for(lambda: bool(list(job.glob("completions/shard-00000/*"))))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not (job / "_SUCCESS").exists()
+
+    status, output = run(airflow_environment, workspace, "own", dags)
+    assert status == 0, output
+    assert pq.read_table(job / "results")["num_completion_tokens"].to_pylist() == [150] * 12
+    prompts = pq.read_table(job / "work" / "requests.parquet")["prompt"].to_pylist()
+    assert prompts[:2] == ["Is it a? 0 things", "Is it b? Say yes or no to this: is 1 even?"]
+
+
+def test_missing_input_fails_at_once_and_names_the_path(airflow_environment: dict[str, str], workspace: Path) -> None:
+    status, output = run(airflow_environment, workspace, "blendserve_batch", input="nothing.parquet", output="out")
+    assert status == 3
+    assert f"{workspace}/nothing.parquet" in output
+    assert output.count("Task failed with exception") == 1, "what only the user can mend is not tried again"
+    assert not (workspace / "out" / "job.json").exists()
+
+
+@pytest.mark.parametrize(("conf", "reason"), [("[1]", "expected an object"), ("{", "is not JSON")])
+def test_params_that_are_no_json_object_are_refused(tmp_path: Path, conf: str, reason: str) -> None:
+    command = [sys.executable, "-m", "blendserve.airflow.single_run", "blendserve_batch", conf]
+    done = subprocess.run(
+        command, env={"AIRFLOW_HOME": str(tmp_path)}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert reason in done.stdout + done.stderr
+
+
+def wait_for(is_there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not is_there():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.1)
