@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from blendserve.spec import SamplingSpec
 from tests.engine.engine_runs import ModelFactory, generate, make_engine, make_prompts, run_engine, stated_requests
 
 PROMPTS = make_prompts(12)
@@ -111,29 +109,3 @@ def test_any_supported_model(make_model: ModelFactory, shape: str) -> None:
     prompts = make_prompts(5, seed=1, longest=120)
     engine = make_engine(folder, max_num_batched_tokens=48)
     assert run_engine(engine, stated_requests(prompts, 20)).token_ids() == generate(folder, prompts, 20)
-
-
-def test_the_end_token_ends_a_completion_unless_ignored(llama: Path) -> None:
-    greedy = generate(llama, PROMPTS[:1], MAX_TOKENS)[0]
-    end = {"eos_token_id": [END_OF_NOTHING, greedy[5]]}
-    _with_generation_config(llama, end)
-    try:
-        run = run_engine(make_engine(llama), stated_requests(PROMPTS[:1], MAX_TOKENS))
-        ignoring = make_engine(llama, SamplingSpec(ignore_eos=True))
-        ignored = run_engine(ignoring, stated_requests(PROMPTS[:1], MAX_TOKENS))
-    finally:
-        _with_generation_config(llama, {"eos_token_id": 256})
-    first = greedy.index(greedy[5])
-    assert list(run.completions[0].token_ids) == greedy[: first + 1]
-    assert run.completions[0].finish_reason == "stop"
-    assert list(ignored.completions[0].token_ids) == greedy
-    assert ignored.completions[0].finish_reason == "length"
-
-
-END_OF_NOTHING = 9999
-
-
-def _with_generation_config(folder: Path, content: dict[str, Any]) -> None:
-    import json
-
-    (folder / "generation_config.json").write_text(json.dumps(content))

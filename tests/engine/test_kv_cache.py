@@ -1,0 +1,160 @@
+"""The KV cache's books: blocks are never lost or doubled, prefixes are found exactly, used blocks are never evicted."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from blendserve.engine.kv_cache import KVCache
+from blendserve.engine.radix_tree import RadixTree
+from blendserve.engine.request import Request
+
+BLOCK_SIZE = 2
+NUM_BLOCKS = 9
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=11)  # few tokens, so that prefixes meet
+PATHS = st.lists(st.lists(st.sampled_from([b"a", b"b", b"c"]), max_size=5), max_size=12)
+
+
+def make_request(prompt: list[int], position: int = 0) -> Request:
+    request = Request(
+        position=position,
+        row_index=position,
+        request_id=str(position),
+        prompt_token_ids=np.array(prompt, dtype=np.int32),
+        max_tokens=8,
+        estimated_output_tokens=8,
+    )
+    request.num_prefill_tokens = len(prompt)
+    return request
+
+
+def insert_path(tree: RadixTree, path: list[bytes], next_block: int) -> int:
+    """Insert what is missing of a path, unreferenced afterwards. Returns the next free block number."""
+    nodes = tree.match(path)
+    for node in nodes:
+        if not node.is_referenced:
+            tree.set_referenced(node)
+    for key in path[len(nodes) :]:
+        nodes.append(tree.insert(nodes[-1] if nodes else tree.root, key, next_block))
+        next_block += 1
+    for node in reversed(nodes):
+        tree.set_unreferenced(node)
+    return next_block
+
+
+@given(inserted=PATHS, asked=PATHS)
+def test_match_gives_the_longest_inserted_prefix(inserted: list[list[bytes]], asked: list[list[bytes]]) -> None:
+    tree, next_block = RadixTree(), 0
+    for path in inserted:
+        next_block = insert_path(tree, path, next_block)
+    known = {tuple(path[:length]) for path in inserted for length in range(1, len(path) + 1)}
+    assert tree.num_nodes == tree.num_unreferenced == len(known)
+    for path in asked:
+        longest = max((length for length in range(1, len(path) + 1) if tuple(path[:length]) in known), default=0)
+        nodes = tree.match(path)
+        assert [node.key for node in nodes] == path[:longest]
+    tree.check_integrity()
+
+
+@given(paths=PATHS)
+def test_eviction_gives_up_every_unused_block_once(paths: list[list[bytes]]) -> None:
+    tree, next_block = RadixTree(), 0
+    for path in paths:
+        next_block = insert_path(tree, path, next_block)
+    evicted = []
+    while (block := tree.evict()) is not None:
+        evicted.append(block)
+        tree.check_integrity()
+    assert sorted(evicted) == list(range(next_block))
+
+
+def test_the_longest_unused_prefix_is_evicted_first() -> None:
+    tree = RadixTree()
+    for number, path in enumerate(([b"a", b"b"], [b"c"], [b"d"])):
+        insert_path(tree, path, 10 * number)
+    insert_path(tree, [b"a", b"b"], 99)  # used again
+    assert [tree.evict() for _ in range(5)] == [10, 20, 1, 0, None]
+
+
+def test_pinned_prefixes_are_evicted_last() -> None:
+    tree = RadixTree()
+    for number, path in enumerate(([b"a", b"b"], [b"c"], [b"d"])):
+        insert_path(tree, path, 10 * number)
+    tree.pin([[b"a", b"b", b"x"], [b"d"]])
+    assert tree.evict() == 10
+    tree.pin([[b"a"]])  # from now on only this one
+    assert [tree.evict() for _ in range(4)] == [20, 1, 0, None]
+
+
+def test_a_prefix_in_use_is_not_evicted() -> None:
+    tree = RadixTree()
+    insert_path(tree, [b"a", b"b"], 0)
+    tree.set_referenced(tree.match([b"a"])[0])
+    assert [tree.evict(), tree.evict()] == [1, None]
+
+
+class KVCacheMachine(RuleBasedStateMachine):
+    """Requests come, compute some of their prompt, and leave in any order, on a cache too small for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = KVCache(NUM_BLOCKS, BLOCK_SIZE, has_prefix_cache=True)
+        self.running: list[Request] = []
+        self.num_made = 0
+        self.content: dict[int, tuple[int, ...]] = {}  # block → the tokens up to its end, once it is shared
+
+    @rule(prompt=PROMPTS)
+    def come(self, prompt: list[int]) -> None:
+        request = make_request(prompt, self.num_made)
+        self.num_made += 1
+        num_expected, _ = self.cache.count_cached_tokens(request)
+        assert self.cache.take_cached_blocks(request) == num_expected == request.num_computed_tokens
+        assert num_expected < len(prompt)
+        for index, block in enumerate(request.block_table):
+            assert self.content[block] == tuple(prompt[: (index + 1) * BLOCK_SIZE])
+        self.running.append(request)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), num_tokens=st.integers(1, 5))
+    def compute(self, data: st.DataObject, num_tokens: int) -> None:
+        request = data.draw(st.sampled_from(self.running))
+        self.cache.take_cached_blocks(request)
+        end = min(request.num_computed_tokens + num_tokens, request.num_prompt_tokens)
+        end = min(end, self.cache.extend(request, end))
+        if end <= request.num_computed_tokens:
+            assert end == request.num_prompt_tokens or self.cache.num_used_blocks == NUM_BLOCKS
+            return
+        self.cache.share_prompt_blocks(request, end)
+        request.num_computed_tokens = end
+        for index in range(request.num_tree_blocks):
+            tokens = tuple(request.prompt_token_ids[: (index + 1) * BLOCK_SIZE].tolist())
+            self.content[request.block_table[index]] = tokens
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), is_reusable=st.booleans())
+    def leave(self, data: st.DataObject, is_reusable: bool) -> None:
+        request = data.draw(st.sampled_from(self.running))
+        self.running.remove(request)
+        self.cache.release(request, is_reusable)
+
+    @rule(prompts=st.lists(PROMPTS, max_size=3))
+    def pin(self, prompts: list[list[int]]) -> None:
+        self.cache.pin(make_request(prompt) for prompt in prompts)
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.cache.check_integrity(self.running)
+        held = {block for request in self.running for block in request.block_table}
+        assert self.cache.num_used_blocks == len(held)
+
+    def teardown(self) -> None:
+        for request in self.running:
+            self.cache.release(request)
+        self.cache.check_integrity(())
+        assert self.cache.num_used_blocks == 0
+
+
+TestKVCache = KVCacheMachine.TestCase
+TestKVCache.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
