@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from blendserve.job_folder import JobFolder
 from blendserve.planner.database import compute, open_database, write_relation
 from blendserve.planner.prefix_tree import build_prefix_tree
-from blendserve.planner.prompt_tokens import open_prompt_tokens
+from blendserve.planner.sorted_prompts import sort_prompts
 from blendserve.schemas import PREFIX_NODES, SORTED_REQUESTS
 
 
@@ -35,12 +36,11 @@ def analyze(folder: JobFolder, *, dedupe: bool) -> PrefixSummary:
     """
     tokenized = folder.relation("tokenized_requests")
     with open_database(folder.work) as database:
-        sorted_prompts = compute(database, "sorted_prompts", parameters={"tokenized_requests": str(tokenized)})
-        order = sorted_prompts.column("file_position").to_numpy().astype(np.int64, copy=False)
-        shared = np.zeros(len(order), np.int32)
-        with open_prompt_tokens(tokenized, folder.work) as prompts:
-            shared[1:] = prompts.common_prefix_lengths(order[:-1], order[1:])
-        neighbours = sorted_prompts.append_column("sort_position", pa.array(np.arange(len(order))))
+        prompts = sort_prompts(database, tokenized, folder.work)
+        shared = prompts.shared_prefix_tokens
+        neighbours = pq.read_table(tokenized, columns=["row_index", "num_prompt_tokens", "max_tokens"])
+        neighbours = neighbours.take(pa.array(prompts.file_position))
+        neighbours = neighbours.append_column("sort_position", pa.array(np.arange(len(shared))))
         neighbours = neighbours.append_column("shared_prefix_tokens", pa.array(shared))
         sorted_requests = compute(
             database, "sorted_requests", parameters={"dedupe": dedupe}, tables={"neighbours": neighbours}
@@ -48,8 +48,8 @@ def analyze(folder: JobFolder, *, dedupe: bool) -> PrefixSummary:
     write_relation(folder.relation("sorted_requests"), sorted_requests, SORTED_REQUESTS)
     write_relation(folder.relation("prefix_nodes"), build_prefix_tree(shared).to_table(), PREFIX_NODES)
     return PrefixSummary(
-        num_requests=len(order),
+        num_requests=len(shared),
         num_prompt_tokens=int(sorted_requests.column("num_prompt_tokens").to_numpy().sum(dtype=np.int64)),
         num_shared_tokens=int(shared.sum(dtype=np.int64)),
-        num_duplicates=len(order) - sorted_requests.column("duplicate_of").null_count,
+        num_duplicates=len(shared) - sorted_requests.column("duplicate_of").null_count,
     )

@@ -20,10 +20,10 @@ from blendserve.planner.output_lengths import SOURCES, OutputLengths, estimate_o
 from blendserve.planner.performance_model import Hardware, cost_constants, load_hardware, load_model_shape
 from blendserve.planner.plan_files import ScheduledRows, plan_id_of, shard_plans, write_plan_files
 from blendserve.planner.plan_summary import summarize
-from blendserve.planner.prefix_tree import build_prefix_tree, range_minimum
+from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.prompt_tokens import open_prompt_tokens
 from blendserve.planner.requests import RequestStates, compute_costs, read_request_states
-from blendserve.planner.schedule import PlannedRequests, schedule_requests
+from blendserve.planner.schedule import PlannedRequests, schedule_requests, shared_with_previous
 from blendserve.schemas import OUTPUT_LENGTH_ESTIMATES, REQUEST_COSTS, REQUEST_ORDER
 from blendserve.spec import JobSpec
 
@@ -67,7 +67,7 @@ def schedule_rows(
     constants = cost_constants(load_model_shape(model_folder), hardware)
     requests = PlannedRequests(
         num_prompt_tokens=states.num_prompt_tokens[rows],
-        shared_prefix_tokens=_shared_among(states.shared_prefix_tokens, rows),
+        shared_prefix_tokens=shared_with_previous(states.shared_prefix_tokens, rows),
         mean_output_tokens=lengths.mean[rows],
         mean_square_output_tokens=lengths.mean_square[rows],
         arrival=states.row_index[rows],
@@ -92,13 +92,6 @@ def _estimate(states: RequestStates, spec: JobSpec) -> OutputLengths:
         is_cut_off=states.is_cut_off,
         ignore_eos=spec.ignore_eos,
     )
-
-
-def _shared_among(shared_prefix_tokens: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Common prefix of each row with the row before it when only `rows` are left."""
-    shared = np.zeros(len(rows), np.int64)
-    shared[1:] = range_minimum(shared_prefix_tokens, rows[:-1] + 1, rows[1:])
-    return shared
 
 
 def _manifest(

@@ -60,24 +60,32 @@ def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> i
 
 
 def choose_sample(states: RequestStates, spec: JobSpec) -> NDArray[np.int64]:
-    """Places in `states` (ascending) of the requests to sample; empty where their lengths matter little or are known.
-
-    Strata are the subtrees below what all prompts share. Each gets room by the square root of its size, so that small
-    subtrees are seen and big ones are seen more often; within a stratum the sample is spread evenly.
-    """
+    """Places in `states` (ascending) of the requests to sample; none where lengths matter little or are known."""
     unknown = np.flatnonzero(~states.is_duplicate & np.isnan(states.hints))
     is_needed = len(unknown) >= 2 * MIN_SAMPLED and not spec.ignore_eos and spec.sample_fraction > 0
     if not is_needed or int(states.max_tokens[unknown].max()) <= _MIN_MAX_TOKENS:
         return np.zeros(0, np.int64)
-    num_sampled = min(max(MIN_SAMPLED, math.ceil(spec.sample_fraction * len(unknown))), len(unknown))
-    shared = states.shared_prefix_tokens
-    stratum = np.cumsum(shared <= shared[1:].min(initial=int(shared.max())))[unknown]
-    weight = 1.0 / np.sqrt(np.bincount(stratum)[stratum])
-    filled = np.cumsum(weight)
-    chosen = np.unique(np.minimum(np.searchsorted(filled, _spread(filled[-1], num_sampled)), len(unknown) - 1))
-    others = np.setdiff1d(np.arange(len(unknown)), chosen)
+    num_sampled = max(MIN_SAMPLED, math.ceil(spec.sample_fraction * len(unknown)))
+    return draw_stratified(states.shared_prefix_tokens, unknown, num_sampled)
+
+
+def draw_stratified(
+    shared_prefix_tokens: NDArray[np.int64], candidates: NDArray[np.int64], num_sampled: int
+) -> NDArray[np.int64]:
+    """`num_sampled` of the sorted places `candidates` (at most all of them), ascending; always the same ones.
+
+    Strata are the subtrees below what all prompts share. Each gets room by the square root of its size, so that small
+    subtrees are seen and big ones are seen more often; within a stratum the sample is spread evenly.
+    """
+    num_sampled = min(num_sampled, len(candidates))
+    least_shared = shared_prefix_tokens[1:].min(initial=int(shared_prefix_tokens.max(initial=0)))
+    stratum = np.cumsum(shared_prefix_tokens <= least_shared)[candidates]
+    filled = np.cumsum(1.0 / np.sqrt(np.bincount(stratum)[stratum]))
+    marks = _spread(float(filled[-1]), num_sampled)
+    chosen = np.unique(np.minimum(np.searchsorted(filled, marks), len(candidates) - 1))
+    others = np.setdiff1d(np.arange(len(candidates)), chosen)
     more = others[_spread(len(others), num_sampled - len(chosen)).astype(np.int64)]
-    return np.sort(unknown[np.concatenate([chosen, more])])
+    return np.sort(candidates[np.concatenate([chosen, more])])
 
 
 def _spread(length: float, num_marks: int) -> NDArray[np.float64]:

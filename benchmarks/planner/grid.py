@@ -1,0 +1,87 @@
+"""The paper's 65 points in simulation: density 0.80..1.40, sharing 0.05..0.45, Llama-3.1-8B on an A100, overlap on.
+
+python benchmarks/planner/grid.py [--requests 100000] [--placement clustered|shuffled] --output results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from synthetic import draw_parts, job_of
+
+from blendserve.planner.database import open_database
+from blendserve.planner.performance_model import load_hardware, load_model_shape
+from blendserve.planner.requests import compute_costs
+from blendserve.planner.schedule import schedule_requests
+from blendserve.planner.simulate import run_schedule, simulated_machine, summarize_runs
+
+POLICIES = ("blend", "dfs")
+
+
+def simulate_point(costs, machine, density: float, sharing: float, num_requests: int, is_clustered: bool) -> dict:
+    parts = draw_parts(machine.constants, density=density, sharing=sharing, num_requests=num_requests)
+    job = job_of(parts, is_clustered=is_clustered)
+    point = {"density": density, "sharing": sharing}
+    for policy in POLICIES:
+        schedule = schedule_requests(job.requests, policy=policy, seed=0, num_shards=1, costs=costs)
+        point[policy] = summarize_runs([run_schedule(job, schedule, machine)])
+    optimal = job.requests.shared_prefix_tokens.sum() / job.requests.num_prompt_tokens.sum()
+    bound = max(schedule.ideal_compute_seconds, float(schedule.memory_seconds.sum()))
+    return {
+        **point,
+        "speedup": point["dfs"]["seconds"] / point["blend"]["seconds"],
+        "sharing_kept": point["blend"]["prefix_sharing"] / float(optimal),
+        "over_bound": point["blend"]["seconds"] / bound,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--placement", choices=["clustered", "shuffled"], default="clustered")
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--hardware", default="a100-80gb")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    machine = simulated_machine(
+        load_model_shape(arguments.model), load_hardware(arguments.hardware), is_overlapped=True
+    )
+    started = time.monotonic()
+    points = []
+    with TemporaryDirectory() as folder, open_database(Path(folder)) as database:
+        costs = partial(compute_costs, database, machine.constants)
+        for density in np.round(np.arange(0.80, 1.401, 0.05), 2).tolist():
+            for sharing in np.round(np.arange(0.05, 0.451, 0.10), 2).tolist():
+                is_clustered = arguments.placement == "clustered"
+                point = simulate_point(costs, machine, density, sharing, arguments.requests, is_clustered)
+                points.append(point)
+                print(density, sharing, *(round(point[name], 4) for name in ("speedup", "sharing_kept", "over_bound")))
+    speedups = [point["speedup"] for point in points]
+    result = {
+        "machine": "2-core x86-64 CPU",
+        "command": f"python benchmarks/planner/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip(),
+        "seconds": time.monotonic() - started,
+        "mean_speedup": float(np.mean(speedups)),
+        "least_speedup": min(speedups),
+        "most_speedup": max(speedups),
+        "least_sharing_kept": min(point["sharing_kept"] for point in points),
+        "mean_over_bound": float(np.mean([point["over_bound"] for point in points])),
+        "points": points,
+    }
+    print({name: value for name, value in result.items() if name != "points"})
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

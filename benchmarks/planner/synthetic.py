@@ -1,0 +1,37 @@
+"""Workloads as the planner sees them, made from lengths alone: what sorting and analyzing their tokens would give."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from blendserve.planner.schedule import PlannedRequests
+from blendserve.planner.simulate import SimulatedJob
+from blendserve.planner.workload import RequestLengths, draw_lengths, mix_sources
+
+
+def draw_parts(constants, *, density: float, sharing: float, num_requests: int, seed: int = 0) -> list[RequestLengths]:
+    random = np.random.default_rng(seed)
+    counts = mix_sources(constants, density=density, sharing=sharing, num_requests=num_requests)
+    return [draw_lengths(source, count, random) for source, count in counts.items()]
+
+
+def job_of(parts: list[RequestLengths], *, is_clustered: bool = True, seed: int = 0) -> SimulatedJob:
+    """What sorting the parts by their prompts gives.
+
+    `is_clustered`: each part's prompts begin with a token of its own, as tasks do that have a template each, and stand
+    together. Otherwise the prefix groups and the single prompts of all parts are shuffled.
+    """
+    random = np.random.default_rng(seed)
+    prompt = np.concatenate([part.prompt_tokens for part in parts])
+    output = np.concatenate([part.output_tokens for part in parts])
+    shared = np.concatenate([part.shared_tokens for part in parts])
+    order = np.arange(len(prompt))
+    if is_clustered:
+        is_first = np.concatenate([np.arange(len(part.group)) == 0 for part in parts])
+        shared = np.minimum(np.maximum(shared, ~is_first), prompt)
+    else:
+        run = np.cumsum(shared == 0)
+        order = np.lexsort((order, random.permutation(run[-1] + 1)[run]))
+    mean = output[order].astype(np.float64)
+    arrival = random.permutation(len(prompt))
+    return SimulatedJob(PlannedRequests(prompt[order], shared[order], mean, mean**2, arrival), output[order])

@@ -1,0 +1,249 @@
+"""`blendserve simulate`: what each policy would take on given hardware, before a GPU is booked."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final, Literal, get_args
+
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from blendserve.errors import InputError, UsageError
+from blendserve.planner.database import open_database
+from blendserve.planner.output_lengths import OutputLengths, estimate_output_lengths
+from blendserve.planner.performance_model import Hardware, ModelShape, cost_constants, load_hardware, load_model_shape
+from blendserve.planner.prefix_tree import build_prefix_tree
+from blendserve.planner.requests import compute_costs
+from blendserve.planner.sample import MIN_SAMPLED, draw_stratified
+from blendserve.planner.schedule import CostModel, PlannedRequests, Schedule, schedule_requests, shared_with_previous
+from blendserve.planner.simulator import SimulatedMachine, SimulatedShard, SimulationResult, Simulator
+from blendserve.planner.sorted_prompts import SortedPrompts, sort_prompts
+from blendserve.spec import Policy
+
+Lengths = Literal["known", "sampled"]
+POLICIES: Final[tuple[Policy, ...]] = get_args(Policy)
+_USABLE_MEMORY = 0.95  # of the device; the rest is activations and the runtime
+_MAX_BATCHED_TOKENS = 2048
+_SAMPLED_FRACTION = 0.01
+_MAX_OUTPUT_TOKENS = 131_072  # nothing better is known of a workload's limits
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedJob:
+    """A workload in the order of its prompts: what the planner knows and, [num_requests], the lengths to come."""
+
+    requests: PlannedRequests
+    output_tokens: NDArray[np.int64]
+
+    @property
+    def prefix_sharing(self) -> float:
+        """The most that any order can share, of the prompt tokens."""
+        prompt_tokens = int(self.requests.num_prompt_tokens.sum())
+        return int(self.requests.shared_prefix_tokens.sum()) / max(prompt_tokens, 1)
+
+    def subset(self, rows: NDArray[np.int64], lengths: OutputLengths) -> SimulatedJob:
+        """Only `rows` (ascending) of the job, with `lengths` of the whole job as what the planner knows."""
+        requests = PlannedRequests(
+            num_prompt_tokens=self.requests.num_prompt_tokens[rows],
+            shared_prefix_tokens=shared_with_previous(self.requests.shared_prefix_tokens, rows),
+            mean_output_tokens=lengths.mean[rows],
+            mean_square_output_tokens=lengths.mean_square[rows],
+            arrival=self.requests.arrival[rows],
+        )
+        return SimulatedJob(requests, self.output_tokens[rows])
+
+
+def simulate(
+    path: Path,
+    *,
+    model: str,
+    hardware: str,
+    gpus: int = 1,
+    policies: tuple[Policy, ...] = POLICIES,
+    lengths: Lengths = "known",
+    is_overlapped: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Replay the workload at `path` for each policy, cut into one shard for each of `gpus` devices.
+
+    Columns: `prompt_token_ids`, or `input_tokens` (then prompts share nothing), and `output_tokens`. With `lengths`
+    sampled, one percent of the requests runs first and the plan knows of output lengths only what that shows.
+    Raises InputError on other columns, UsageError on an unknown model, hardware or policy.
+    """
+    _check(gpus, policies)
+    device = load_hardware(hardware)
+    machine = simulated_machine(load_model_shape(model), device, is_overlapped=is_overlapped)
+    with TemporaryDirectory() as folder, open_database(Path(folder)) as database:
+        started = time.monotonic()
+        job = read_job(database, path, Path(folder))
+        costs = partial(compute_costs, database, machine.constants)
+        reading_seconds = planning_seconds = time.monotonic() - started
+        runs = {}
+        for policy in policies:
+            started = time.monotonic()
+            phases = plan_phases(job, policy=policy, seed=seed, gpus=gpus, lengths=lengths, costs=costs)
+            planning_seconds = max(planning_seconds, reading_seconds + time.monotonic() - started)
+            runs[policy] = [run_schedule(phase, schedule, machine) for phase, schedule in phases]
+        bound = bound_seconds(job, costs) / gpus
+    return {
+        "policies": {policy: summarize_runs(results) for policy, results in runs.items()},
+        "prefix_sharing_optimal": job.prefix_sharing,
+        "bound_seconds": bound,
+        "planning_seconds": planning_seconds,
+        "peak_memory_bytes": _peak_memory_bytes(),
+    }
+
+
+def plan_phases(
+    job: SimulatedJob, *, policy: Policy, seed: int, gpus: int, lengths: Lengths, costs: CostModel
+) -> list[tuple[SimulatedJob, Schedule]]:
+    """What runs one after the other: the whole job, or its sample depth-first and then the rest by `policy`."""
+    plan = partial(schedule_requests, seed=seed, num_shards=gpus, costs=costs)
+    if lengths == "known" or job.requests.num_requests < 2 * MIN_SAMPLED:
+        return [(job, plan(job.requests, policy=policy))]
+    everyone = np.arange(job.requests.num_requests)
+    num_sampled = max(MIN_SAMPLED, math.ceil(_SAMPLED_FRACTION * len(everyone)))
+    rows = draw_stratified(job.requests.shared_prefix_tokens, everyone, num_sampled)
+    observed = np.full(len(everyone), np.nan)
+    observed[rows] = job.output_tokens[rows]
+    estimates = estimate_output_lengths(
+        build_prefix_tree(job.requests.shared_prefix_tokens),
+        max_tokens=np.full(len(everyone), _MAX_OUTPUT_TOKENS),
+        hints=np.full(len(everyone), np.nan),
+        observed=observed,
+        is_cut_off=np.zeros(len(everyone), np.bool_),
+        ignore_eos=False,
+    )
+    rest = np.setdiff1d(everyone, rows)
+    sample = job.subset(rows, estimates)
+    remaining = job.subset(rest, estimates)
+    return [
+        (sample, plan(sample.requests, policy="dfs")),
+        (remaining, plan(remaining.requests, policy=policy)),
+    ]
+
+
+def bound_seconds(job: SimulatedJob, costs: CostModel) -> float:
+    """The least time for the job on one device: compute and memory time with perfect sharing and perfect overlap."""
+    output = job.output_tokens.astype(np.float64)
+    known = replace(job.requests, mean_output_tokens=output, mean_square_output_tokens=output**2)
+    schedule = schedule_requests(known, policy="dfs", seed=0, num_shards=1, costs=costs)
+    return max(schedule.ideal_compute_seconds, float(schedule.memory_seconds.sum()))
+
+
+def simulated_machine(shape: ModelShape, device: Hardware, *, is_overlapped: bool) -> SimulatedMachine:
+    """The machine that `device` is for the model. Raises UsageError when the weights leave no room for a KV cache."""
+    constants = cost_constants(shape, device)
+    weight_bytes = (shape.layer_parameters + 2 * shape.head_parameters) * device.bytes_per_element
+    room = _USABLE_MEMORY * device.memory_bytes - weight_bytes
+    capacity = int(room / shape.kv_bytes_per_token(device.bytes_per_element))
+    if capacity < 1:
+        raise UsageError(
+            f"The weights take {weight_bytes / 1e9:.0f} GB, {device.name} has {device.memory_bytes / 1e9:.0f} GB. "
+            "Take a smaller model or hardware with more memory."
+        )
+    layer_bytes = shape.layer_parameters * device.bytes_per_element
+    return SimulatedMachine(
+        constants=constants,
+        step_seconds=layer_bytes / device.bytes_per_second,
+        capacity_tokens=capacity,
+        max_batched_tokens=_MAX_BATCHED_TOKENS,
+        is_overlapped=is_overlapped,
+    )
+
+
+def read_job(database: duckdb.DuckDBPyConnection, path: Path, folder: Path) -> SimulatedJob:
+    """Sort the workload at `path`. Raises InputError when a column is missing."""
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read as Parquet: {error}") from error
+    if "output_tokens" not in names or not {"prompt_token_ids", "input_tokens"} & set(names):
+        raise InputError(
+            f"{path} has columns {', '.join(names)}. "
+            "Expected output_tokens and one of prompt_token_ids (list<int32>) and input_tokens."
+        )
+    outputs = np.asarray(pq.read_table(path, columns=["output_tokens"]).column(0).to_numpy(), dtype=np.int64)
+    prompts = sort_prompts(database, path, folder) if "prompt_token_ids" in names else _unshared(path)
+    output = np.maximum(outputs[prompts.file_position], 1)
+    mean = output.astype(np.float64)
+    requests = PlannedRequests(
+        num_prompt_tokens=prompts.num_prompt_tokens,
+        shared_prefix_tokens=prompts.shared_prefix_tokens.astype(np.int64),
+        mean_output_tokens=mean,
+        mean_square_output_tokens=mean**2,
+        arrival=prompts.file_position,
+    )
+    return SimulatedJob(requests, output)
+
+
+def run_schedule(job: SimulatedJob, schedule: Schedule, machine: SimulatedMachine) -> list[SimulationResult]:
+    """Replay every shard of `schedule` on a machine of its own."""
+    tree = build_prefix_tree(job.requests.shared_prefix_tokens)
+    results = []
+    for shard in range(schedule.num_shards):
+        places = np.flatnonzero(schedule.shard == shard)
+        positions = schedule.positions[places]
+        estimates = np.rint(job.requests.mean_output_tokens[positions]).astype(np.int64)
+        simulated = SimulatedShard(
+            tree=tree,
+            positions=positions,
+            num_prompt_tokens=job.requests.num_prompt_tokens[positions],
+            output_tokens=job.output_tokens[positions],
+            estimated_output_tokens=estimates,
+            compute_seconds=schedule.compute_seconds[places],
+            memory_seconds=schedule.memory_seconds[places],
+            unit_density=schedule.unit_density[places],
+            is_two_ended=schedule.is_two_ended,
+        )
+        results.append(Simulator(simulated, machine).run())
+    return results
+
+
+def summarize_runs(phases: list[list[SimulationResult]]) -> dict[str, Any]:
+    """Totals of one policy. The shards of a phase run side by side, the phases one after the other.
+
+    Throughput counts input and output tokens.
+    """
+    results = [result for phase in phases for result in phase]
+    seconds = sum(max((result.seconds for result in phase), default=0.0) for phase in phases)
+    prompt_tokens = sum(result.num_prompt_tokens for result in results)
+    tokens = prompt_tokens + sum(result.num_output_tokens for result in results)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+        "prefix_sharing": sum(result.num_cached_tokens for result in results) / max(prompt_tokens, 1),
+        "compute_seconds": sum(result.compute_seconds for result in results),
+        "memory_seconds": sum(result.memory_seconds for result in results),
+        "num_preemptions": sum(result.num_preemptions for result in results),
+    }
+
+
+def _unshared(path: Path) -> SortedPrompts:
+    lengths = pq.read_table(path, columns=["input_tokens"]).column(0).to_numpy()
+    count = len(lengths)
+    return SortedPrompts(np.arange(count), np.asarray(lengths, dtype=np.int64), np.zeros(count, np.int32))
+
+
+def _check(gpus: int, policies: tuple[Policy, ...]) -> None:
+    if gpus < 1:
+        raise UsageError(f"Option 'gpus': expected at least 1, got {gpus}.")
+    if not policies or (unknown := set(policies) - set(POLICIES)):
+        raise UsageError(
+            f"Unknown policies {sorted(unknown) if policies else '(none)'}. Expected {', '.join(POLICIES)}."
+        )
+
+
+def _peak_memory_bytes() -> int:
+    """The most memory this process has held; Linux counts it in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,33 @@
+"""Sorting prompts by their tokens and finding what neighbours share: DuckDB sorts, NumPy compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+
+from blendserve.planner.database import compute
+from blendserve.planner.prompt_tokens import open_prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SortedPrompts:
+    """The rows of a Parquet file in lexical order of their prompts; arrays [num_rows] in that order."""
+
+    file_position: NDArray[np.int64]
+    num_prompt_tokens: NDArray[np.int64]
+    shared_prefix_tokens: NDArray[np.int32]
+
+
+def sort_prompts(database: duckdb.DuckDBPyConnection, path: Path, folder: Path) -> SortedPrompts:
+    """Sort the column `prompt_token_ids` of the Parquet file `path`; temporary files go to `folder`."""
+    order = compute(database, "sorted_prompts", parameters={"prompts": str(path)})
+    positions = np.asarray(order.column("file_position").to_numpy(), dtype=np.int64)
+    shared = np.zeros(len(positions), np.int32)
+    with open_prompt_tokens(path, folder) as prompts:
+        shared[1:] = prompts.common_prefix_lengths(positions[:-1], positions[1:])
+        lengths = prompts.lengths[positions]
+    return SortedPrompts(positions, lengths, shared)
