@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
-from blendserve.report.figure_style import MUTED, PLANNED, REAL, Chart, style
+from blendserve.report.figure_style import MUTED, PLANNED, REAL, Chart, log_ticks, style
 from blendserve.report.job_files import JobFiles, ShardRun, read_columns
 from blendserve.report.number_format import divide, format_count, format_factor, format_seconds, format_share
+from blendserve.report.summary import has_resumed
 from blendserve.schemas import COMPLETIONS
 
 _SECONDS = "Seconds of every shard"
@@ -34,7 +35,7 @@ def draw_seconds(job: JobFiles) -> Chart:
         f"What running each shard should have taken and what it took: in all {format_seconds(predicted.sum())} "
         f"predicted and {format_seconds(real.sum())} real, {format_factor(ratio)} the prediction"
     )
-    if any(run.done is not None and run.done.num_resumed for run in runs):
+    if has_resumed(job):
         caption += "; a shard that was resumed counts the seconds of its last attempt only"
     return Chart.drawn("seconds", _SECONDS, caption + ".", _pairs(runs, predicted, real, "seconds", ".3s"))
 
@@ -61,6 +62,7 @@ def _pairs(
     runs: list[ShardRun], planned: NDArray[np.float64], real: NDArray[np.float64], unit: str, number: str
 ) -> go.Figure:
     names = [run.name for run in runs]
+    gap = 1 - 2 * min(0.08 * len(runs), 0.38)  # few shards don't make broad bars
     bars = [
         go.Bar(
             x=names,
@@ -71,7 +73,7 @@ def _pairs(
         )
         for name, values, color in (("planned", planned, PLANNED), ("real", real, REAL))
     ]
-    figure = style(go.Figure(bars), height=300, barmode="group", bargap=0.65 if len(runs) < 8 else 0.3)
+    figure = style(go.Figure(bars), height=300, barmode="group", bargap=gap)
     figure.update_yaxes(title_text=unit, rangemode="tozero")
     figure.update_xaxes(type="category", nticks=40)
     return figure
@@ -176,7 +178,7 @@ def _length_figure(bins: LengthBins) -> go.Figure:
         showlegend=False,
     )  # fmt: skip
     figure = style(go.Figure([perfect, dots]), height=340)
-    scale = "log" if is_log else "linear"
-    figure.update_xaxes(title_text="estimated output tokens", type=scale, showgrid=True)
-    figure.update_yaxes(title_text="real output tokens", type=scale)
+    scale = log_ticks(np.array(ends)) if is_log else {"type": "linear"}
+    figure.update_xaxes(title_text="estimated output tokens", showgrid=True, **scale)
+    figure.update_yaxes(title_text="real output tokens", **scale)
     return figure

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from blendserve.report.figure_style import INK, LEFT, MAX_POINTS, MUTED, RIGHT, Chart, style
+from blendserve.report.figure_style import INK, LEFT, MAX_POINTS, MUTED, RIGHT, Chart, log_ticks, style
 from blendserve.report.job_files import JobFiles, read_columns
 from blendserve.report.number_format import format_count, format_ratio
 
@@ -89,9 +89,12 @@ def _figure(steps: Steps, overall: float | None, *, is_two_ended: bool) -> go.Fi
     for begin in starts[1:][: 4 * _MAX_MARKED_SHARDS]:
         figure.add_vline(x=int(steps.start[begin]), line={"color": MUTED, "width": 1, "dash": "dot"})
     marked = slice(0, _MAX_MARKED_SHARDS)
-    figure.add_trace(_front("left front", steps.start[starts][marked], density[starts][marked], LEFT, "triangle-right"))
+    inside = steps.num_requests * 0.007  # so that the right front of one shard and the left of the next stay apart
+    figure.add_trace(
+        _front("left front", steps.start[starts][marked] + inside, density[starts][marked], LEFT, "triangle-right")
+    )
     if is_two_ended:
-        right = _front("right front", end_positions[marked], density[ends][marked], RIGHT, "triangle-left")
+        right = _front("right front", end_positions[marked] - inside, density[ends][marked], RIGHT, "triangle-left")
         figure.add_trace(right)
     if overall is not None and overall > 0:
         figure.add_hline(y=overall, line={"color": MUTED, "width": 1.2, "dash": "dash"})
@@ -107,21 +110,13 @@ def _figure(steps: Steps, overall: float | None, *, is_two_ended: bool) -> go.Fi
         )
     style(figure, height=340)
     figure.update_xaxes(title_text="requests in plan order", rangemode="tozero")
-    figure.update_yaxes(title_text="density (log scale)", type="log", **_ticks(density, overall))
+    figure.update_yaxes(title_text="density (log scale)", **log_ticks(np.append(density, overall or np.nan)))
     return figure
 
 
-def _ticks(density: NDArray[np.float64], overall: float | None) -> dict[str, object]:
-    """Ticks at 1, 2 and 5 of every decade where there are few, else at whole decades that fit."""
-    known = np.append(density[np.isfinite(density)], overall or np.nan)
-    if not np.isfinite(known).any() or np.nanmax(known) > 1000 * np.nanmin(known):
-        return {"nticks": 8, "exponentformat": "power"}
-    decades = np.arange(np.floor(np.log10(np.nanmin(known))), np.ceil(np.log10(np.nanmax(known))) + 1)
-    values = np.outer(10.0**decades, (1, 2, 5)).ravel()
-    return {"tickvals": values, "ticktext": [format_ratio(value) for value in values]}
-
-
-def _front(name: str, position: NDArray[np.int64], density: NDArray[np.float64], color: str, symbol: str) -> go.Scatter:
+def _front(
+    name: str, position: NDArray[np.floating], density: NDArray[np.float64], color: str, symbol: str
+) -> go.Scatter:
     return go.Scatter(
         x=position,
         y=density,

@@ -9,8 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from markupsafe import Markup
+from numpy.typing import NDArray
+
+from blendserve.report.number_format import format_ratio
 
 INK, MUTED, LINE = "var(--ink)", "var(--muted)", "var(--line)"
 LEFT, RIGHT = "var(--left)", "var(--right)"  # compute-heavy and memory-heavy: the two fronts of the plan
@@ -63,12 +67,21 @@ def style(figure: go.Figure, *, height: int, **layout: Any) -> go.Figure:
         font={"family": "system-ui, -apple-system, 'Segoe UI', sans-serif", "size": 13, "color": INK},
         hoverlabel={"bgcolor": "var(--surface)", "bordercolor": LINE, "font": {"color": INK, "size": 12.5}},
         legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"color": MUTED}},
-        bargap=0.35,
     )
     figure.update_xaxes(**_AXIS, showgrid=False)
     figure.update_yaxes(**_AXIS)
     figure.update_layout(**layout)
     return figure
+
+
+def log_ticks(values: NDArray[np.floating]) -> dict[str, Any]:
+    """Options of a logarithmic axis: ticks at 1, 2 and 5 of every decade where there are few, else at whole decades."""
+    known = values[np.isfinite(values) & (values > 0)]
+    if len(known) == 0 or known.max() > 1000 * known.min():
+        return {"type": "log", "nticks": 8, "exponentformat": "power"}
+    decades = np.arange(np.floor(np.log10(known.min())), np.ceil(np.log10(known.max())) + 1)
+    places = np.outer(10.0**decades, (1, 2, 5)).ravel()
+    return {"type": "log", "tickvals": places, "ticktext": [format_ratio(place) for place in places]}
 
 
 def _as_script_data(figure: go.Figure) -> Markup:

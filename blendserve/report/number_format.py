@@ -42,8 +42,10 @@ def format_ratio(value: float | None) -> str:
 
 
 def format_factor(value: float | None) -> str:
-    """How many times as much: 1.27×."""
-    return UNKNOWN if value is None or not math.isfinite(value) else f"{value:,.2f}×"
+    """How many times as much: 0.98×, 1.27×, 23.6×."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    return f"{value:.2f}×" if value < 9.995 else f"{value:,.3g}×"
 
 
 def divide(numerator: float | None, denominator: float | None) -> float | None:

@@ -58,9 +58,9 @@ def draw_prefix_tree(job: JobFiles) -> Chart:
     if prefixes.num_tokens.sum() == 0:
         return Chart.missing("tree", _TITLE, "No row became a request, so there is no prefix tree to draw.")
     caption = (
-        f"Each box is a prefix that several prompts begin with, as tall as the prompt tokens below it; the deeper its "
-        f"colour, the more of them need computing only once (all {format_count(len(prefixes.parent))} prefixes were "
-        "counted, small ones are drawn as one; click a box to zoom in)."
+        "Each box is a prefix that several prompts begin with, as tall as the prompt tokens below it and of a stronger "
+        f"colour the more of them need computing only once; there are {format_count(len(prefixes.parent))} prefixes "
+        "in all, the small ones are merged into “other”, and a click on a box zooms in."
     )
     if len(prefixes.parent) == 1:
         caption = "No two prompts begin alike, so the tree is one box: nothing can be shared."
@@ -99,6 +99,7 @@ def _icicle(prefixes: Prefixes) -> go.Figure:
         for depth, count in zip(prefixes.depth_tokens, prefixes.num_requests, strict=True)
     ]
     colors = [f"var(--tree-{place})" for place in shade]
+    inks = [f"var(--tree-ink-{place})" for place in shade]
     hover = [
         f"{_requests(requests)} with {format_count(tokens)} prompt tokens"
         f"{f', all beginning with the same {format_count(depth)}' if depth else ''}<br>"
@@ -113,6 +114,7 @@ def _icicle(prefixes: Prefixes) -> go.Figure:
         parents.append(f"prefix {place}")
         labels.append(f"other · {_requests(num_requests)}")
         colors.append("var(--tree-rest)")
+        inks.append("var(--tree-ink-0)")
         tokens.append(num_tokens)
         hover.append(
             f"{_requests(num_requests)} with {format_count(num_tokens)} prompt tokens, which part ways after "
@@ -129,10 +131,11 @@ def _icicle(prefixes: Prefixes) -> go.Figure:
         maxdepth=6,
         marker={"colors": colors, "line": {"color": "var(--surface)", "width": 1.5}},
         textinfo="label",
+        textfont={"color": inks},
         pathbar={"thickness": 22, "textfont": {"size": 12}},
         tiling={"pad": 1},
     )
-    return style(go.Figure(icicle), height=480, uniformtext={"minsize": 11, "mode": "hide"})
+    return style(go.Figure(icicle), height=480, uniformtext={"minsize": 9, "mode": "hide"})
 
 
 def _requests(count: int) -> str:

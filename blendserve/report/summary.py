@@ -43,6 +43,7 @@ class Header:
 
     status: str  # done, incomplete, running
     status_text: str
+    has_resumed: bool
     num_rows: int | None
     outcomes: tuple[Outcome, ...]
     is_adding_up: bool
@@ -64,6 +65,7 @@ def summarize_job(job: JobFiles) -> Header:
     return Header(
         status,
         status_text,
+        has_resumed(job),
         num_rows,
         outcomes,
         num_rows == sum(outcome.count for outcome in outcomes),
@@ -121,6 +123,11 @@ def _model(name: str, folder: str) -> str:
     return name if Path(name).name == Path(folder).name else f"{name} ({Path(folder).name})"
 
 
+def has_resumed(job: JobFiles) -> bool:
+    """Whether a shard has rows from an earlier attempt: its seconds are those of the last attempt only."""
+    return any(run.done is not None and run.done.num_resumed > 0 for run in job.runs)
+
+
 def describe_plan(job: JobFiles) -> tuple[list[str], list[str]]:
     """The plan in sentences, and its warnings. Without a plan both are empty."""
     if job.plan is None:
@@ -142,7 +149,9 @@ def _size(summary: dict[str, Any], job: JobFiles) -> str:
         f"shard{'' if num_shards == 1 else 's'}"
     )
     duplicates = summary.get("num_duplicates")
-    return text + (f"; {format_count(duplicates)} more are exact duplicates and run once." if duplicates else ".")
+    return text + (
+        f"; exact duplicates, answered by an equal request: {format_count(duplicates)}." if duplicates else "."
+    )
 
 
 def _planned(summary: dict[str, Any], job: JobFiles, name: str) -> int:
@@ -185,4 +194,5 @@ def _seconds(summary: dict[str, Any], job: JobFiles) -> str:
     if not done or len(done) < len(job.shards):
         return f"{text}; {len(done)} of {len(job.shards)} shards have run."
     real = sum(shard.seconds for shard in done)
-    return f"{text} and took {format_seconds(real)}, {format_factor(divide(real, predicted))} the prediction."
+    text += f" and took {format_seconds(real)}, {format_factor(divide(real, predicted))} the prediction"
+    return text + (" (counting only the last attempt of resumed shards)." if has_resumed(job) else ".")

@@ -33,7 +33,7 @@ _PANELS = (
     "running requests",
     "KV cache blocks in use",
     "KV cache bytes read per step",
-    "milliseconds per step",
+    "time per step",
 )
 _SUMMED = (
     "num_prefill_tokens",
@@ -69,9 +69,9 @@ def draw_usage(job: JobFiles) -> Chart:
     if timeline is None:
         return Chart.missing("usage", _TITLE, "No shard has left step metrics, so there is nothing to draw.")
     caption = (
-        f"What the engine did in {format_count(timeline.num_steps)} steps over "
-        f"{format_seconds(timeline.num_seconds)}, the sample and the shards laid end to end: blending shows as prefill "
-        "and decode tokens sharing the steps all the way through, with both fronts running and the cache kept full"
+        f"What the engine did in {format_count(timeline.num_steps)} steps over {format_seconds(timeline.num_seconds)}"
+        f"{', all runs laid end to end' if len(timeline.run_starts) > 1 else ''}: where blending works, prefill and "
+        "decode tokens share the steps all the way through, both fronts are running and the cache is kept full"
     )
     preempted = timeline.num_preempted
     caption += f" ({format_count(preempted)} preemption{'' if preempted == 1 else 's'})."
@@ -128,11 +128,16 @@ def _pieces(started: NDArray[np.float64], seconds: float, max_pieces: int) -> ND
 
 def _figure(timeline: Timeline) -> go.Figure:
     figure = make_subplots(rows=len(_PANELS), cols=1, shared_xaxes=True, vertical_spacing=0.055, subplot_titles=_PANELS)
+    seconds = np.append(timeline.seconds, timeline.num_seconds)
+    is_every_step = len(timeline.seconds) == timeline.num_steps
     for row, (name, label, line, area, is_stacked) in _series():
+        if is_every_step and name == "max_step_seconds":
+            continue  # the same as the mean
         values = _values(timeline, name)
+        values = np.append(values, values[-1])
         figure.add_trace(
             go.Scatter(
-                x=timeline.seconds,
+                x=seconds,
                 y=values,
                 name=label,
                 legend="legend" if row == 1 else f"legend{row}",
@@ -156,6 +161,7 @@ def _figure(timeline: Timeline) -> go.Figure:
                 font={"color": MUTED, "size": 11},
             )  # fmt: skip
     figure.update_yaxes(rangemode="tozero", tickformat="~s", nticks=5)
+    figure.update_yaxes(ticksuffix="s", row=len(_PANELS), col=1)
     figure.update_xaxes(title_text="seconds of engine time", row=len(_PANELS), col=1)
     return figure
 
@@ -171,16 +177,14 @@ def _series() -> list[tuple[int, tuple[str, str, str, str | None, bool]]]:
         (3, ("num_total_blocks", "there are", MUTED, None, False)),
         (4, ("kv_read_bytes", "bytes", RIGHT, RIGHT_AREA, False)),
         (5, ("max_step_seconds", "longest", PLANNED, None, False)),
-        (5, ("step_seconds", "mean", INK, None, False)),
+        (5, ("step_seconds", "a step", INK, None, False)),
     ]
 
 
 def _values(timeline: Timeline, name: str) -> NDArray[np.float64]:
     if name == "num_running_right":
         return timeline.means["num_running"] - timeline.means["num_running_left"]
-    if name == "max_step_seconds":
-        return timeline.max_step_seconds * 1e3
-    return timeline.means[name] * (1e3 if name == "step_seconds" else 1.0)
+    return timeline.max_step_seconds if name == "max_step_seconds" else timeline.means[name]
 
 
 def _legends() -> dict[str, object]:

@@ -11,8 +11,16 @@ import pytest
 from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.report.comparison_figures import _bin_lengths, draw_cached, draw_lengths
 from blendserve.report.density_figure import _read_steps, draw_density
+from blendserve.report.figure_style import log_ticks
 from blendserve.report.job_files import read_job
-from blendserve.report.number_format import divide, format_count, format_ratio, format_seconds, format_share
+from blendserve.report.number_format import (
+    divide,
+    format_count,
+    format_factor,
+    format_ratio,
+    format_seconds,
+    format_share,
+)
 from blendserve.report.prefix_tree_figure import draw_prefix_tree
 from blendserve.report.row_errors import group_errors
 from blendserve.report.usage_figure import _SUMMED, draw_usage, read_timeline
@@ -112,6 +120,12 @@ def test_lengths_are_compared_for_succeeded_requests_of_the_shards(job) -> None:
     assert "hint 20, sample 20" in chart.caption
 
 
+def test_log_axes_have_a_few_readable_ticks() -> None:
+    assert log_ticks(np.array([0.096, 3.73]))["ticktext"][2:6] == ["0.05", "0.1", "0.2", "0.5"]
+    assert "tickvals" not in log_ticks(np.array([1e-9, 1e9]))
+    assert "tickvals" not in log_ticks(np.array([0.0, np.nan]))
+
+
 def test_few_estimates_are_bins_of_their_own_and_many_are_grouped() -> None:
     few = _bin_lengths(np.array([5, 9, 5, 9, 9]), np.array([4, 9, 6, 8, 13]))
     assert few.estimated.tolist() == [5, 9]
@@ -199,6 +213,8 @@ def test_many_reasons_are_cut_and_the_rest_counted(job) -> None:
         (format_seconds(7_500), "2 h 05 min"),
         (format_share(0.3514), "35.1 %"),
         (format_ratio(0.09618), "0.0962"),
+        (format_factor(1.0), "1.00×"),
+        (format_factor(23.57), "23.6×"),
         (str(divide(1, 0)), "None"),
     ],
 )

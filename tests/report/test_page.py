@@ -187,6 +187,16 @@ def test_a_shard_of_an_earlier_plan_counts_as_not_finished(job) -> None:
     assert "0 of 2 shards have run" in read_page(job.folder).text
 
 
+def test_a_resumed_shard_is_left_out_of_the_speed(job) -> None:
+    job.write()
+    path = job.folder.completions / "shard-00000" / "shard.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"num_resumed": 0', '"num_resumed": 3'), encoding="utf-8")
+    page = read_page(job.folder)
+    assert "tokens/s, input + output 269" in page.text  # (22 * 100 + 22 * 10) / (4 + 5) seconds
+    assert "A shard that was resumed counts the engine time of its last attempt only" in page.text
+    assert "(counting only the last attempt of resumed shards)" in page.text
+
+
 def test_a_summary_without_its_keys_and_an_incomplete_job(job) -> None:
     job.write()
     plan = job.folder.plan / "plan.json"
