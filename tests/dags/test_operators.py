@@ -1,0 +1,124 @@
+"""Single operators: which errors end a task for good, how a killed shard stops, when the gate lets a run pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from airflow.sdk.exceptions import AirflowFailException
+
+from blendserve import job
+from blendserve.airflow.operators import GateOperator, PlannedShard, PreflightOperator, RunShardOperator
+from blendserve.errors import Interrupted, ReconciliationError
+
+
+class StateStore(dict[str, Any]):
+    """The part of Airflow's task state store that the operators use."""
+
+    def set(self, key: str, value: Any) -> None:
+        self[key] = value
+
+
+@pytest.fixture
+def context(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setenv("AIRFLOW__BLENDSERVE__DATA_FOLDER", str(workspace))
+    pushed: dict[str, Any] = {}
+    return {
+        "ti": SimpleNamespace(xcom_push=pushed.__setitem__),
+        "params": {"input": "requests.parquet", "output": "out/{run_id}"},
+        "run_id": "run-1",
+        "task_state_store": StateStore(),
+        "pushed": pushed,
+    }
+
+
+def test_preflight_returns_the_folder_and_leaves_a_mark_for_the_report_tab(
+    context: dict[str, Any], workspace: Path, tiny_model: Path
+) -> None:
+    operator = PreflightOperator(task_id="preflight", options={"model": str(tiny_model)}, use_params=True)
+    assert operator.run_step(context) == {"root": f"{workspace}/out/run-1"}
+    assert context["pushed"] == {"blendserve_output": f"{workspace}/out/run-1"}
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ({"input": "nothing.parquet"}, "nothing.parquet"),
+        ({"input": "/etc/passwd"}, "Option 'input'.*allowed_paths"),
+        ({"max_tokens": 0}, "Option 'max_tokens'"),
+        ({"select": "select * from requests"}, "Unknown option 'select'"),
+        ({"shards": 5000}, "Option 'shards': 5000 is more than Airflow maps a task over, 1024"),
+        ({"model": "no/such/model"}, "Model 'no/such/model'"),
+        ({"template": "{{ nothing }}"}, "nothing"),
+        ({"template": "{{ ''.__class__.__mro__ }}"}, "names no column"),
+    ],
+)
+def test_what_only_the_user_can_mend_ends_the_task_for_good(
+    context: dict[str, Any],
+    workspace: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    form: dict[str, Any],
+    reason: str,
+) -> None:
+    context["params"] |= {"model": str(tiny_model)} | form
+    monkeypatch.setenv("AIRFLOW__BLENDSERVE__ALLOWED_PATHS", f"{workspace},{tiny_model}")
+    with pytest.raises(AirflowFailException, match=reason):
+        PreflightOperator(task_id="preflight", use_params=True).execute(context)
+
+
+def test_killed_shard_asks_the_engine_to_stop(context: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    shard: PlannedShard = {"shard": 2, "density": 1.0, "num_requests": 5, "predicted_seconds": 1.0}
+    operator = RunShardOperator(task_id="run_shard", root="/job", shard=shard)
+
+    def run_shard(plan_folder: Path, number: int, *, on_progress: Any, should_stop: Any) -> None:
+        assert (plan_folder, number) == (Path("/job/plan"), 2)
+        on_progress({"event": "progress", "shard": 2, "done": 1, "total": 5})
+        on_progress({"event": "progress", "shard": 2, "done": 2, "total": 5})
+        assert not should_stop()
+        operator.on_kill()
+        assert should_stop()
+        raise Interrupted("Shard 2 was stopped.")
+
+    monkeypatch.setattr(job, "run_shard", run_shard)
+    with pytest.raises(Interrupted):
+        operator.execute(context)
+    assert context["task_state_store"] == {"progress": {"shard": 2, "done": 1, "total": 5}}, "at most every 5 seconds"
+
+
+def test_nothing_left_to_run_is_a_success(context: dict[str, Any]) -> None:
+    shard: PlannedShard = {"shard": None, "density": 0.0, "num_requests": 0, "predicted_seconds": 0.0}
+    assert RunShardOperator(task_id="run_shard", root="/job", shard=shard).execute(context) == {"num_requests": 0}
+
+
+@pytest.mark.parametrize(
+    ("failed", "rejected", "policy", "passes"),
+    [(0, 0, "fail", True), (1, 0, "continue", True), (1, 0, "fail", False), (0, 2, "fail", False)],
+)
+def test_gate_fails_the_run_when_rows_failed_and_the_job_asks_for_it(
+    context: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    failed: int,
+    rejected: int,
+    policy: str,
+    passes: bool,
+) -> None:
+    counts = {"input_rows": 9, "failed": failed, "rejected": rejected}
+    monkeypatch.setattr(job, "finish", lambda _root: {"counts": counts, "spec": {"on_row_error": policy}})
+    gate = GateOperator(task_id="gate", root="/job")
+    if passes:
+        assert gate.execute(context) == counts
+        return
+    with pytest.raises(AirflowFailException, match=f"{failed + rejected} of 9 rows"):
+        gate.execute(context)
+
+
+def test_gate_fails_when_shards_are_missing(context: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def finish(_root: Path) -> None:
+        raise ReconciliationError("3 request(s) of /job have no completion")
+
+    monkeypatch.setattr(job, "finish", finish)
+    with pytest.raises(ReconciliationError):
+        GateOperator(task_id="gate", root="/job").execute(context)
