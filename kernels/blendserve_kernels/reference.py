@@ -67,9 +67,7 @@ def _gather_blocks(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tens
     """Return the blocks of n requests as [n, num_kv_heads, num_blocks * block_size, D] with a single copy."""
     num_cached_blocks, num_kv_heads, block_size, head_dim = cache.shape
     heads = torch.arange(num_kv_heads, device=cache.device)
-    tiles = block_table.to(torch.int64).unsqueeze(1) * num_kv_heads + heads.unsqueeze(
-        1
-    )  # [n, num_kv_heads, num_blocks]
+    tiles = block_table.to(torch.int64).unsqueeze(1) * num_kv_heads + heads.unsqueeze(1)
     gathered = cache.view(num_cached_blocks * num_kv_heads, block_size * head_dim).index_select(0, tiles.flatten())
     return gathered.view(block_table.shape[0], num_kv_heads, -1, head_dim)
 
@@ -102,7 +100,7 @@ def _causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
     """Attention of q [L, num_heads, D], the last L positions, over k, v [num_kv_heads, S, D]."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads, num_keys, _ = k.shape
-    # KV heads as the batch and the query heads of a group as the heads: K and V are broadcast with stride 0, not copied.
+    # KV heads as the batch, the query heads of a group as the heads: K and V are broadcast with stride 0, not copied.
     grouped_q = q.reshape(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     group_size = grouped_q.shape[1]
     is_visible = None
@@ -217,8 +215,8 @@ def sample(
     scaled = logits[rows].float() / temperature[rows].unsqueeze(1)
     threshold = _kept_threshold(scaled, top_k[rows], top_p[rows], min_p[rows])
     largest = scaled.amax(dim=-1, keepdim=True)
-    weights = torch.exp((scaled - largest).double()).masked_fill_(scaled < threshold.unsqueeze(1), 0.0)
-    cumulative = weights.cumsum(dim=-1)
+    weights = (scaled - largest).exp_().masked_fill_(scaled < threshold.unsqueeze(1), 0.0)
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:].contiguous()
     target = uniform(seeds[rows], positions[rows]).double().unsqueeze(1) * total
     drawn = torch.searchsorted(cumulative, target, right=True)
@@ -230,7 +228,7 @@ def sample(
 def _kept_threshold(
     scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
-    """Return the smallest logit that top-k, then top-p, then min-p keep, float32 [n], for scaled logits [n, vocab_size]."""
+    """Return the smallest logit [n] that top-k, then top-p, then min-p keep, for scaled logits [n, vocab_size]."""
     vocab_size = scaled.shape[1]
     threshold = torch.full_like(top_p, float("-inf"))
     is_limited = ((top_k > 0) & (top_k < vocab_size)) | (top_p < 1)
@@ -238,7 +236,7 @@ def _kept_threshold(
     num_candidates = min(_NUM_CANDIDATES, vocab_size)
     while rows.numel():
         candidates = scaled[rows].topk(num_candidates, dim=-1).values
-        total = torch.exp((scaled[rows] - candidates[:, :1]).double()).sum(dim=-1)
+        total = (scaled[rows] - candidates[:, :1]).exp_().sum(dim=-1, dtype=torch.float64)
         found, is_found = _threshold_among(candidates, total, top_k[rows], top_p[rows], vocab_size)
         threshold[rows[is_found]] = found[is_found]
         rows = rows[~is_found]
@@ -252,8 +250,8 @@ def _threshold_among(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the last logit that top-k and top-p keep among the m largest ones, [n, m] in falling order.
 
-    `total` is the weight exp(logit - largest) of the whole row. Returns the thresholds, and which of them are final: for the
-    others the m candidates don't reach far enough.
+    `total` is the weight exp(logit - largest) of the whole row. Returns the thresholds, and which of them are final:
+    for the others the m candidates don't reach far enough.
     """
     num_candidates = candidates.shape[1]
     k = torch.where((top_k > 0) & (top_k < vocab_size), top_k, vocab_size).to(torch.int64)

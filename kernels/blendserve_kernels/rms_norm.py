@@ -1,7 +1,7 @@
 """Root-mean-square layer norm, alone or with the residual addition before it.
 
-Rounds where transformers' LlamaRMSNorm rounds: statistics in float32, the normalised row cast to the input dtype, then the
-weight.
+Rounds where transformers' LlamaRMSNorm rounds: statistics in float32, the normalised row cast to the input dtype, then
+the weight.
 """
 
 from __future__ import annotations

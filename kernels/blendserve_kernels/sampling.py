@@ -1,7 +1,7 @@
 """The choice of the next token from a row of logits: greedy, or drawn after temperature, top-k, top-p and min-p.
 
-A draw is the inverse of the cumulative distribution over the kept tokens in vocabulary order, at one uniform number that
-depends on (seed, position) alone: the same request draws the same token whatever else is in its batch.
+A draw inverts the cumulative distribution over the kept tokens, in vocabulary order, at one uniform number that depends
+on (seed, position) alone: the same request draws the same token whatever else is in its batch.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def sample(
 ) -> torch.Tensor:
     """Return one token id per row, int64 [num_rows], for logits [num_rows, vocab_size].
 
-    temperature: float32 [num_rows], 0 = greedy. top_k: int32 [num_rows], 0 = off: keep the k largest. top_p: float32
-    [num_rows], 1 = off: of those keep the fewest largest whose probability reaches p. min_p: float32 [num_rows], 0 = off:
-    of those keep the ones at least min_p times as likely as the likeliest. Ties with the last kept logit are kept.
+    temperature: float32 [num_rows], 0 = greedy. top_k: int32 [num_rows], 0 = off: keep the k largest.
+    top_p: float32 [num_rows], 1 = off: of those keep the fewest largest whose probability reaches p.
+    min_p: float32 [num_rows], 0 = off: of those keep the ones at least min_p times as likely as the likeliest.
+    Ties with the last kept logit are kept.
     seeds, positions: int64 [num_rows]; position is the index of the token being generated.
     """
     check_rank("logits", logits, "[num_rows, vocab_size]")

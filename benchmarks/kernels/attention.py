@@ -1,0 +1,214 @@
+"""Times the attention kernels on a GPU against the ceilings of the same run: copy bandwidth and cuBLAS.
+
+    PYTHONPATH=kernels:. python benchmarks/kernels/attention.py --output benchmarks/results/kernels-h100.json
+
+Every shape is first compared with its torch twin; a wrong result ends the run without a report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.kernels.measuring import (
+    BLOCK_SIZE,
+    DTYPE,
+    HEAD_DIM,
+    HEADS,
+    KV_BYTES_PER_TOKEN,
+    KV_HEADS,
+    check_close,
+    copy_bytes_per_second,
+    current_commit,
+    gemm_flops_per_second,
+    median_seconds,
+    random_block_table,
+)
+from blendserve_kernels import reference
+from blendserve_kernels.decode_attention import decode_attention
+from blendserve_kernels.prefill_attention import prefill_attention
+from blendserve_kernels.shared_prefix_attention import shared_prefix_decode_attention
+
+SCALE = HEAD_DIM**-0.5
+FEW_PROGRAMS = 48
+MAX_TOKENS = 512 * 16384
+Row = dict[str, Any]
+
+
+class KVPool:
+    """K and V for MAX_TOKENS tokens of one layer; smaller shapes take several disjoint parts of it in turn."""
+
+    def __init__(self) -> None:
+        shape = (MAX_TOKENS // BLOCK_SIZE, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+        self.k_cache, self.v_cache = (torch.empty(shape, device="cuda", dtype=DTYPE) for _ in range(2))
+        for cache in (self.k_cache, self.v_cache):
+            for part in cache.split(4096):
+                part.normal_()
+
+    def parts(self, num_requests: int, context: int) -> list[torch.Tensor]:
+        """Return block tables of disjoint parts that together hold 1 GiB or more where the pool allows it."""
+        num_blocks = -(-context // BLOCK_SIZE)
+        part_blocks = num_requests * num_blocks
+        wanted = -(-(1 << 30) // (part_blocks * BLOCK_SIZE * KV_BYTES_PER_TOKEN))
+        count = max(1, min(wanted, self.k_cache.shape[0] // part_blocks))
+        return [random_block_table(num_requests, num_blocks, part * part_blocks) for part in range(count)]
+
+
+def _ragged_lens(num_requests: int, longest: int) -> torch.Tensor:
+    return torch.randint(1, longest + 1, (num_requests,), device="cuda", dtype=torch.int32)
+
+
+def bench_decode(
+    pool: KVPool, num_requests: int, context: int, copy_rate: float, num_programs: int | None, is_ragged: bool = False
+) -> Row:
+    """Time decode attention; bytes are those of the keys and values within the contexts."""
+    lens = torch.full((num_requests,), context, device="cuda", dtype=torch.int32)
+    if is_ragged:
+        lens = _ragged_lens(num_requests, context)
+    q = torch.randn(num_requests, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
+    tables = pool.parts(num_requests, context)
+
+    def call(table: torch.Tensor) -> torch.Tensor:
+        return decode_attention(q, pool.k_cache, pool.v_cache, table, lens, SCALE, num_programs)
+
+    chosen = torch.randperm(num_requests, device="cuda")[:8]
+    expected = _decode_twin(pool, q[chosen], tables[-1][chosen], lens[chosen])
+    check_close(f"decode {num_requests} x {context}", call(tables[-1])[chosen], expected)
+    seconds = median_seconds([lambda table=table: call(table) for table in tables])  # type: ignore[misc]
+    rate = int(lens.sum()) * KV_BYTES_PER_TOKEN / seconds
+    return {
+        "kernel": "decode" + (" ragged" if is_ragged else ""),
+        "batch": num_requests,
+        "context": context,
+        "programs": num_programs or "all",
+        "microseconds": seconds * 1e6,
+        "tb_per_s": rate / 1e12,
+        "share_of_copy": rate / copy_rate,
+    }
+
+
+def _decode_twin(pool: KVPool, q: torch.Tensor, table: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+    """The twin in float32 over a copy of the blocks that the table names."""
+    blocks, positions = table.flatten().unique(return_inverse=True)
+    k, v = (cache[blocks].float() for cache in (pool.k_cache, pool.v_cache))
+    return reference.decode_attention(q.float(), k, v, positions.view(table.shape).to(torch.int32), lens, SCALE)
+
+
+def bench_prefill(pool: KVPool, num_requests: int, num_tokens: int, gemm_rate: float) -> Row:
+    """Time whole prompts; operations are those of the causal half, diagonal included."""
+    lens = torch.full((num_requests,), num_tokens, device="cuda", dtype=torch.int32)
+    bounds = torch.arange(num_requests + 1, device="cuda", dtype=torch.int32) * num_tokens
+    q = torch.randn(num_requests * num_tokens, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
+    tables = pool.parts(num_requests, num_tokens)[:8]
+
+    def call(table: torch.Tensor) -> torch.Tensor:
+        return prefill_attention(q, pool.k_cache, pool.v_cache, table, bounds, lens, SCALE, num_tokens)
+
+    blocks = tables[-1].to(torch.int64).flatten()
+    k, v = (cache[blocks].float() for cache in (pool.k_cache, pool.v_cache))
+    table = torch.arange(len(blocks), device="cuda", dtype=torch.int32).view(num_requests, -1)
+    expected = reference.prefill_attention(q.float(), k, v, table, bounds, lens, SCALE)
+    check_close(f"prefill {num_requests} x {num_tokens}", call(tables[-1]), expected)
+    seconds = median_seconds([lambda table=table: call(table) for table in tables])  # type: ignore[misc]
+    rate = 4 * HEADS * HEAD_DIM * num_requests * num_tokens * (num_tokens + 1) / 2 / seconds
+    return {
+        "kernel": "prefill",
+        "batch": num_requests,
+        "context": num_tokens,
+        "microseconds": seconds * 1e6,
+        "tflop_per_s": rate / 1e12,
+        "share_of_gemm": rate / gemm_rate,
+    }
+
+
+def bench_shared_prefix(pool: KVPool, num_requests: int, prefix: int, suffix: int) -> Row:
+    """Time one group's decode with its prefix read once, against plain decode of the same requests."""
+    lens = torch.full((num_requests,), prefix + suffix, device="cuda", dtype=torch.int32)
+    prefix_lens = torch.full_like(lens, prefix)
+    starts, sizes = (torch.tensor([n], device="cuda", dtype=torch.int32) for n in (0, num_requests))
+    q = torch.randn(num_requests, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
+    tables = [*pool.parts(num_requests, prefix + suffix), *pool.parts(num_requests, prefix + suffix)][:4]
+    for table in tables:
+        table[:, : prefix // BLOCK_SIZE] = table[0, : prefix // BLOCK_SIZE].clone()
+
+    def shared(table: torch.Tensor) -> torch.Tensor:
+        return shared_prefix_decode_attention(
+            q, pool.k_cache, pool.v_cache, table, lens, prefix_lens, starts, sizes, SCALE
+        )
+
+    def plain(table: torch.Tensor) -> torch.Tensor:
+        return decode_attention(q, pool.k_cache, pool.v_cache, table, lens, SCALE)
+
+    check_close(f"shared prefix {prefix} + {suffix}", shared(tables[-1]), _decode_twin(pool, q, tables[-1], lens))
+    shared_seconds = median_seconds([lambda table=table: shared(table) for table in tables])  # type: ignore[misc]
+    plain_seconds = median_seconds([lambda table=table: plain(table) for table in tables])  # type: ignore[misc]
+    return {
+        "kernel": "shared prefix",
+        "batch": num_requests,
+        "context": f"{prefix}+{suffix}",
+        "microseconds": shared_seconds * 1e6,
+        "plain_microseconds": plain_seconds * 1e6,
+        "times_plain": plain_seconds / shared_seconds,
+    }
+
+
+def run_all() -> dict[str, Any]:
+    """Measure the ceilings and every shape of the report."""
+    torch.manual_seed(0)
+    copy_rate = copy_bytes_per_second()
+    gemm_rates = {num_tokens: gemm_flops_per_second(num_tokens) for num_tokens in (2048, 8192)}
+    pool = KVPool()
+    rows = [
+        bench_decode(pool, batch, context, copy_rate, num_programs)
+        for num_programs in (None, FEW_PROGRAMS)
+        for batch in (64, 256, 512)
+        for context in (512, 2048, 8192, 16384)
+    ]
+    rows += [bench_decode(pool, 256, 4096, copy_rate, programs, True) for programs in (None, FEW_PROGRAMS)]
+    rows += [
+        bench_prefill(pool, *shape, gemm_rates[shape[0] * shape[1]]) for shape in ((1, 2048), (4, 2048), (1, 8192))
+    ]
+    rows += [bench_shared_prefix(pool, 64, 4096, suffix) for suffix in (64, 128, 512)]
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": current_commit(),
+        "command": "python " + " ".join(sys.argv),
+        "copy_tb_per_s": copy_rate / 1e12,
+        "gemm_tflop_per_s": {str(tokens): rate / 1e12 for tokens, rate in gemm_rates.items()},
+        "rows": rows,
+    }
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Print the report in as few lines as it has rows."""
+    print(f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit'][:12]}")
+    print(f"copy {report['copy_tb_per_s']:.3f} TB/s; GEMM TFLOP/s {report['gemm_tflop_per_s']}")
+    for row in report["rows"]:
+        figures = [f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float)]
+        names = [str(value) for value in row.values() if not isinstance(value, float)]
+        print(f"{' '.join(names):32}", "  ".join(figures))
+
+
+def main() -> None:
+    """Run the benchmark; with --output also write the report as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, help="JSON file for the report")
+    parser.add_argument("--commit", help="the commit measured, where the tree has no git")
+    arguments = parser.parse_args()
+    report = run_all()
+    report["commit"] = arguments.commit or report["commit"]
+    print_table(report)
+    if arguments.output:
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

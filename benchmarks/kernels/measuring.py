@@ -1,0 +1,85 @@
+"""How the kernel benchmarks time, check and describe what they run."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+
+import torch
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
+PROJECTIONS = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))  # its four GEMMs, [in, out]
+BLOCK_SIZE = 128
+KV_BYTES_PER_TOKEN = 2 * KV_HEADS * HEAD_DIM * 2
+DTYPE = torch.bfloat16
+
+
+class WrongResultError(Exception):
+    """A benchmarked shape gives a wrong result, so its time means nothing."""
+
+
+def median_seconds(calls: Sequence[Callable[[], object]], num_replays: int = 15) -> float:
+    """Return the median seconds per call, all calls captured in one CUDA graph and replayed.
+
+    `calls` should together touch more memory than the L2 cache holds, each its own.
+    """
+    for call in calls:  # compiles
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    seconds = []
+    for replay in range(num_replays + 3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if replay >= 3:
+            seconds.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return statistics.median(seconds)
+
+
+def copy_bytes_per_second() -> float:
+    """Return the bandwidth of a device-to-device copy of 4 GiB, bytes read and written."""
+    source = torch.randint(0, 256, (4 << 30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_seconds([lambda: target.copy_(source)])
+
+
+def gemm_flops_per_second(num_tokens: int) -> float:
+    """Return the rate of the four projections of a layer through cuBLAS, two layers in turn."""
+    calls: list[Callable[[], object]] = []
+    num_flops = 0
+    for _ in range(2):
+        for num_in, num_out in PROJECTIONS:
+            x = torch.randn(num_tokens, num_in, device="cuda", dtype=DTYPE)
+            weight = torch.randn(num_out, num_in, device="cuda", dtype=DTYPE)
+            calls.append(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight))  # type: ignore[misc]
+            num_flops += 2 * num_tokens * num_in * num_out
+    return num_flops / (median_seconds(calls) * len(calls))
+
+
+def check_close(name: str, out: torch.Tensor, expected: torch.Tensor, max_relative_error: float = 8e-3) -> None:
+    """Raise WrongResultError unless ||out - expected|| / ||expected|| is small; NaN never passes."""
+    error = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+    if not error < max_relative_error:
+        raise WrongResultError(f"{name}: relative error {error:.2e}, expected under {max_relative_error:.0e}")
+
+
+def random_block_table(num_requests: int, num_blocks: int, first_block: int) -> torch.Tensor:
+    """Return int32 [num_requests, num_blocks] of distinct blocks from first_block on, shuffled."""
+    blocks = torch.randperm(num_requests * num_blocks, device="cuda") + first_block
+    return blocks.to(torch.int32).view(num_requests, num_blocks)
+
+
+def current_commit() -> str:
+    """Return the commit of the working tree, or "unknown" where there is no git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

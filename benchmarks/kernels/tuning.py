@@ -1,0 +1,146 @@
+"""Times launch shapes that the attention kernels don't choose by themselves, to see whether they should.
+
+PYTHONPATH=kernels:. python benchmarks/kernels/tuning.py
+"""
+
+# Every closure is called before its loop goes on.
+# ruff: noqa: B023
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.kernels.attention import FEW_PROGRAMS, SCALE, KVPool
+from benchmarks.kernels.measuring import DTYPE, HEAD_DIM, HEADS, KV_BYTES_PER_TOKEN, median_seconds
+from blendserve_kernels.triton_kernels.decode_attention import LaunchShape, decode_attention_triton
+from blendserve_kernels.triton_kernels.prefill_attention import PrefillShape, prefill_attention_triton
+from blendserve_kernels.triton_kernels.shared_prefix_attention import shared_prefix_decode_attention_triton
+
+
+def _attempt(name: str, figure: Callable[[], str]) -> None:
+    try:
+        print(f"{name:60}", figure(), flush=True)
+    except Exception as error:  # noqa: BLE001 - a shape may exceed the GPU's resources in many ways; the others go on
+        print(f"{name:60}", "fails:", str(error).splitlines()[0][:80], flush=True)
+
+
+def tune_decode(pool: KVPool) -> None:
+    """Print TB/s of decode attention for tiles, stages and warps."""
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for batch, context in ((64, 512), (256, 2048)):
+        lens = torch.full((batch,), context, device="cuda", dtype=torch.int32)
+        q = torch.randn(batch, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
+        tables = pool.parts(batch, context)
+        for use_tma, tile, stages, warps in (
+            (True, 128, 5, 4),
+            (True, 128, 7, 4),
+            (True, 128, 7, 8),
+            (True, 64, 9, 4),
+            (True, 64, 13, 4),
+            (False, 64, 8, 8),
+        ):
+            for programs in (num_sms, FEW_PROGRAMS):
+                shape = LaunchShape(use_tma, tile, stages, warps, programs)
+
+                def figure(shape: LaunchShape = shape) -> str:
+                    calls = [
+                        lambda table=table: decode_attention_triton(  # type: ignore[misc]
+                            q, pool.k_cache, pool.v_cache, table, lens, SCALE, shape=shape
+                        )
+                        for table in tables
+                    ]
+                    seconds = median_seconds(calls, 9)
+                    return f"{batch * context * KV_BYTES_PER_TOKEN / seconds / 1e12:.3f} TB/s {seconds * 1e6:.1f} us"
+
+                _attempt(f"decode {batch} x {context} {shape}"[:110].replace("LaunchShape", ""), figure)
+
+
+def tune_prefill(pool: KVPool) -> None:
+    """Print TFLOP/s of prefill attention for tiles, stages and warps."""
+    for num_tokens in (2048, 8192):
+        lens = torch.tensor([num_tokens], device="cuda", dtype=torch.int32)
+        bounds = torch.tensor([0, num_tokens], device="cuda", dtype=torch.int32)
+        q = torch.randn(num_tokens, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
+        tables = pool.parts(1, num_tokens)[:8]
+        for rows, tile, stages, warps in (
+            (128, 64, 3, 8),
+            (128, 64, 4, 8),
+            (128, 64, 5, 8),
+            (128, 128, 2, 8),
+            (128, 128, 3, 8),
+            (64, 64, 3, 4),
+            (64, 128, 2, 4),
+            (64, 128, 3, 4),
+            (128, 64, 3, 4),
+            (256, 64, 3, 8),
+        ):
+            shape = PrefillShape(True, rows, tile, stages, warps)
+
+            def figure(shape: PrefillShape = shape) -> str:
+                calls = [
+                    lambda table=table: prefill_attention_triton(  # type: ignore[misc]
+                        q, pool.k_cache, pool.v_cache, table, bounds, lens, SCALE, num_tokens, shape=shape
+                    )
+                    for table in tables
+                ]
+                seconds = median_seconds(calls, 7)
+                return f"{2 * HEADS * HEAD_DIM * num_tokens**2 / seconds / 1e12:.0f} TFLOP/s {seconds * 1e6:.0f} us"
+
+            _attempt(f"prefill {num_tokens} {shape}".replace("PrefillShape", ""), figure)
+
+
+def tune_shared_prefix(pool: KVPool) -> None:
+    """Print the time of shared-prefix decode for the tiles of its prefix part."""
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    prefix, suffix, batch = 4096, 128, 64
+    lens = torch.full((batch,), prefix + suffix, device="cuda", dtype=torch.int32)
+    prefix_lens = torch.full_like(lens, prefix)
+    starts, sizes = (torch.tensor([n], device="cuda", dtype=torch.int32) for n in (0, batch))
+    q = torch.randn(batch, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
+    tables = pool.parts(batch, prefix + suffix)[:4]
+    for table in tables:
+        table[:, : prefix // 128] = table[0, : prefix // 128].clone()
+    for rows, tile, stages, warps in (
+        (64, 128, 3, 4),
+        (64, 64, 3, 4),
+        (64, 64, 5, 4),
+        (128, 64, 3, 8),
+        (128, 64, 5, 8),
+        (128, 128, 2, 8),
+        (128, 64, 3, 4),
+        (256, 64, 3, 8),
+    ):
+        shape = LaunchShape(True, tile, stages, warps, num_sms)
+
+        def figure(rows: int = rows, shape: LaunchShape = shape) -> str:
+            calls = [
+                lambda table=table: shared_prefix_decode_attention_triton(  # type: ignore[misc]
+                    q,
+                    pool.k_cache,
+                    pool.v_cache,
+                    table,
+                    lens,
+                    prefix_lens,
+                    starts,
+                    sizes,
+                    SCALE,
+                    prefix_rows=rows,
+                    prefix_shape=shape,
+                )
+                for table in tables
+            ]
+            return f"{median_seconds(calls, 9) * 1e6:.1f} us"
+
+        _attempt(f"shared prefix rows {rows} {shape}".replace("LaunchShape", ""), figure)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    kv_pool = KVPool()
+    wanted = sys.argv[1:] or ["decode", "prefill", "shared_prefix"]
+    for tune in (tune_decode, tune_prefill, tune_shared_prefix):
+        if tune.__name__.removeprefix("tune_") in wanted:
+            tune(kv_pool)

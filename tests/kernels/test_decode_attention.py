@@ -1,0 +1,84 @@
+"""The Triton decode attention against its twin in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blendserve_kernels import reference
+from blendserve_kernels.triton_kernels.decode_attention import (
+    choose_launch_shape,
+    decode_attention_triton,
+    rows_of_group,
+)
+from tests.kernels.paged_requests import ATTENTION_TOLERANCE, HALF_DTYPES, make_paged_requests
+
+CONTEXT_LENS = [1, 63, 0, 130, 16]
+
+
+def _check(
+    context_lens: list[int],
+    *,
+    group_size: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 64,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    num_programs: int | None = None,
+    num_launches: int = 1,
+    use_tma: bool | None = None,
+    device: torch.device,
+) -> None:
+    requests = make_paged_requests(
+        context_lens, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype, device=device
+    )
+    num_heads = num_kv_heads * group_size
+    q = torch.randn(len(context_lens), num_heads, head_dim, device=device).to(dtype)
+    shape = choose_launch_shape(requests.k_cache, rows_of_group(num_heads, num_kv_heads), num_programs, use_tma)
+    arguments = (requests.block_table, requests.context_lens, head_dim**-0.5)
+    expected = reference.decode_attention(q.float(), requests.k_cache.float(), requests.v_cache.float(), *arguments)
+    for _ in range(num_launches):
+        out = decode_attention_triton(q, requests.k_cache, requests.v_cache, *arguments, shape=shape)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.float(), expected, atol=ATTENTION_TOLERANCE[dtype], rtol=1e-2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group_size", [1, 3, 4, 7, 8])
+def test_decode_attention_of_group_and_head_sizes(group_size: int, head_dim: int, device: torch.device) -> None:
+    _check(CONTEXT_LENS, group_size=group_size, head_dim=head_dim, device=device)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+def test_decode_attention_of_dtypes_and_block_sizes(dtype: torch.dtype, block_size: int, device: torch.device) -> None:
+    _check([1, 300, 64, 129], head_dim=128, block_size=block_size, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("use_tma", [False, True])
+@pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 64])
+def test_decode_attention_cut_into_programs(num_programs: int, use_tma: bool, device: torch.device) -> None:
+    _check(CONTEXT_LENS, block_size=32, num_programs=num_programs, use_tma=use_tma, device=device)
+
+
+@pytest.mark.parametrize("use_tma", [False, True])
+def test_decode_attention_of_one_long_request(use_tma: bool, device: torch.device) -> None:
+    # The second launch finds the arrival counters as the first one left them.
+    _check([700], num_kv_heads=1, block_size=64, num_programs=9, num_launches=2, use_tma=use_tma, device=device)
+
+
+def test_decode_attention_of_empty_contexts(device: torch.device) -> None:
+    _check([0, 0, 0], device=device)
+
+
+def test_decode_attention_refuses_descriptors_over_tiles_that_cross_blocks(device: torch.device) -> None:
+    k_cache = torch.zeros(3, 1, 24, 64, device=device)
+    with pytest.raises(ValueError, match=r"Invalid shape of k_cache: tensor descriptors can't tile \[3, 1, 24, 64\]"):
+        choose_launch_shape(k_cache, 16, use_tma=True)
+
+
+def test_decode_attention_refuses_a_head_dim_that_is_no_power_of_two(device: torch.device) -> None:
+    cache = torch.zeros(3, 1, 16, 80, device=device)
+    table, lens = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=r"expected head_dim 16, 32, 64, 128 or 256, got 80"):
+        decode_attention_triton(torch.zeros(1, 2, 80, device=device), cache, cache, table, lens, 1.0)

@@ -1,0 +1,89 @@
+"""The Triton prefill attention against its twin in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blendserve_kernels import reference
+from blendserve_kernels.triton_kernels.prefill_attention import (
+    PrefillShape,
+    choose_prefill_shape,
+    prefill_attention_triton,
+)
+from tests.kernels.paged_requests import ATTENTION_TOLERANCE, HALF_DTYPES, make_paged_requests
+
+
+def _check(
+    context_lens: list[int],
+    chunk_lens: list[int],
+    *,
+    group_size: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 64,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    shape: PrefillShape | None = None,
+    device: torch.device,
+) -> None:
+    requests = make_paged_requests(
+        context_lens, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=dtype, device=device
+    )
+    q = torch.randn(sum(chunk_lens), num_kv_heads * group_size, head_dim, device=device).to(dtype)
+    cu_seqlens_q = torch.tensor([0, *chunk_lens]).cumsum(0).to(torch.int32).to(device)
+    arguments = (requests.block_table, cu_seqlens_q, requests.context_lens, head_dim**-0.5)
+    out = prefill_attention_triton(q, requests.k_cache, requests.v_cache, *arguments, max(chunk_lens), shape=shape)
+    expected = reference.prefill_attention(q.float(), requests.k_cache.float(), requests.v_cache.float(), *arguments)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, atol=ATTENTION_TOLERANCE[dtype], rtol=1e-2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group_size", [1, 3, 4, 7, 8])
+def test_prefill_attention_of_group_and_head_sizes(group_size: int, head_dim: int, device: torch.device) -> None:
+    _check([1, 63, 100, 40], [1, 63, 30, 0], group_size=group_size, head_dim=head_dim, device=device)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+def test_prefill_attention_of_dtypes_and_block_sizes(dtype: torch.dtype, block_size: int, device: torch.device) -> None:
+    _check([33, 200, 150], [33, 80, 1], head_dim=128, block_size=block_size, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("use_tma", [False, True])
+def test_prefill_attention_of_one_long_prompt(use_tma: bool, device: torch.device) -> None:
+    shape = PrefillShape(use_tma=use_tma, rows=128, tile=32, num_stages=2, num_warps=4)
+    _check([1000], [1000], group_size=2, num_kv_heads=1, block_size=32, shape=shape, device=device)
+
+
+@pytest.mark.parametrize("use_tma", [False, True])
+def test_prefill_attention_of_chunks_over_cached_prefixes(use_tma: bool, device: torch.device) -> None:
+    shape = PrefillShape(use_tma=use_tma, rows=64, tile=32, num_stages=2, num_warps=4)
+    _check([511, 97, 200, 5], [63, 33, 1, 5], num_kv_heads=1, block_size=32, shape=shape, device=device)
+
+
+def test_prefill_attention_shape_for_short_chunks_is_smaller() -> None:
+    k_cache = torch.zeros(2, 2, 16, 64, dtype=torch.bfloat16)
+    assert choose_prefill_shape(k_cache, 8, 16).rows < choose_prefill_shape(k_cache, 8, 17).rows
+
+
+def test_prefill_attention_of_chunks_in_pieces_equals_the_whole(device: torch.device) -> None:
+    requests = make_paged_requests([90], num_kv_heads=1, head_dim=64, block_size=16, dtype=torch.float32, device=device)
+    q = torch.randn(90, 2, 64, device=device)
+
+    def run(begin: int, end: int) -> torch.Tensor:
+        bounds = torch.tensor([0, end - begin], dtype=torch.int32, device=device)
+        context_lens = torch.tensor([end], dtype=torch.int32, device=device)
+        return prefill_attention_triton(
+            q[begin:end],
+            requests.k_cache,
+            requests.v_cache,
+            requests.block_table,
+            bounds,
+            context_lens,
+            0.125,
+            end - begin,
+        )
+
+    pieces = torch.cat([run(0, 33), run(33, 34), run(34, 90)])
+    torch.testing.assert_close(pieces, run(0, 90), atol=2e-5, rtol=0)

@@ -1,0 +1,66 @@
+"""The Triton shared-prefix decode attention against the decode twin, which reads every prefix for every request."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blendserve_kernels import reference
+from blendserve_kernels.shared_prefix_attention import shared_prefix_decode_attention
+from blendserve_kernels.triton_kernels.shared_prefix_attention import shared_prefix_decode_attention_triton
+from tests.kernels.paged_requests import ATTENTION_TOLERANCE, HALF_DTYPES, make_paged_requests
+
+
+@pytest.mark.parametrize(
+    ("group_size", "head_dim", "block_size", "dtype", "num_programs"),
+    [
+        (1, 64, 16, torch.float32, None),
+        (3, 128, 32, torch.float32, 3),
+        (7, 64, 32, torch.float32, 11),
+        (4, 128, 64, HALF_DTYPES[-1], None),
+        (8, 128, 128, torch.float16, 2),
+    ],
+)
+def test_shared_prefix_decode_attention(
+    group_size: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    num_programs: int | None,
+    device: torch.device,
+) -> None:
+    prefix_len = 2 * block_size
+    # Requests 1 to 3 and 5 to 15 share their prefix, 0 and 4 have none; the last group is a padding row.
+    context_lens = [5, *(prefix_len + n for n in (1, 20, block_size)), 40, *(prefix_len + n for n in range(1, 12))]
+    requests = make_paged_requests(
+        context_lens,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        device=device,
+        num_shared_tokens=prefix_len,
+    )
+    prefix_lens = torch.tensor([0, *[prefix_len] * 3, 0, *[prefix_len] * 11], dtype=torch.int32, device=device)
+    groups = torch.tensor([[1, 5, 0], [3, 11, 0]], dtype=torch.int32, device=device)
+    q = torch.randn(len(context_lens), 2 * group_size, head_dim, device=device).to(dtype)
+    table, lens, scale = requests.block_table, requests.context_lens, head_dim**-0.5
+    out = shared_prefix_decode_attention_triton(
+        q, requests.k_cache, requests.v_cache, table, lens, prefix_lens, groups[0], groups[1], scale, num_programs
+    )
+    expected = reference.decode_attention(
+        q.float(), requests.k_cache.float(), requests.v_cache.float(), table, lens, scale
+    )
+    torch.testing.assert_close(out.float(), expected, atol=ATTENTION_TOLERANCE[dtype], rtol=1e-2)
+
+
+def test_shared_prefix_decode_attention_without_groups_is_plain_decode(device: torch.device) -> None:
+    requests = make_paged_requests(
+        [3, 40], num_kv_heads=1, head_dim=64, block_size=16, dtype=torch.float32, device=device
+    )
+    q, none = torch.randn(2, 4, 64, device=device), torch.zeros(0, dtype=torch.int32, device=device)
+    table, lens = requests.block_table, requests.context_lens
+    arguments = (q, requests.k_cache, requests.v_cache, table, lens, torch.zeros_like(lens), none, none, 0.125)
+    expected = reference.decode_attention(q, requests.k_cache, requests.v_cache, table, lens, 0.125)
+    for launch in (shared_prefix_decode_attention_triton, shared_prefix_decode_attention):
+        torch.testing.assert_close(launch(*arguments), expected, atol=2e-5, rtol=0)
