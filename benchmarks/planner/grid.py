@@ -15,20 +15,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from synthetic import draw_parts, job_of
+from synthetic import job_of
 
 from blendserve.planner.database import open_database
 from blendserve.planner.performance_model import load_hardware, load_model_shape
 from blendserve.planner.requests import compute_costs
 from blendserve.planner.schedule import schedule_requests
 from blendserve.planner.simulate import run_schedule, simulated_machine, summarize_runs
+from blendserve.planner.workload import draw_mix
 
 POLICIES = ("blend", "dfs")
 
 
 def simulate_point(costs, machine, density: float, sharing: float, num_requests: int, is_clustered: bool) -> dict:
-    parts = draw_parts(machine.constants, density=density, sharing=sharing, num_requests=num_requests)
-    job = job_of(parts, is_clustered=is_clustered)
+    random = np.random.default_rng(0)
+    parts = draw_mix(costs, density=density, sharing=sharing, num_requests=num_requests, random=random)
+    job = job_of(list(parts.values()), is_clustered=is_clustered)
     point = {"density": density, "sharing": sharing}
     for policy in POLICIES:
         schedule = schedule_requests(job.requests, policy=policy, seed=0, num_shards=1, costs=costs)

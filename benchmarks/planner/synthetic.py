@@ -6,13 +6,7 @@ import numpy as np
 
 from blendserve.planner.schedule import PlannedRequests
 from blendserve.planner.simulate import SimulatedJob
-from blendserve.planner.workload import RequestLengths, draw_lengths, mix_sources
-
-
-def draw_parts(constants, *, density: float, sharing: float, num_requests: int, seed: int = 0) -> list[RequestLengths]:
-    random = np.random.default_rng(seed)
-    counts = mix_sources(constants, density=density, sharing=sharing, num_requests=num_requests)
-    return [draw_lengths(source, count, random) for source, count in counts.items()]
+from blendserve.planner.workload import RequestLengths
 
 
 def job_of(parts: list[RequestLengths], *, is_clustered: bool = True, seed: int = 0) -> SimulatedJob:

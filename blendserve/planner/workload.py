@@ -7,8 +7,8 @@ Three sources are mixed: `mmlu` (prompts that share long prefixes), `burstgpt` (
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,15 +22,19 @@ from numpy.typing import NDArray
 from blendserve.errors import UsageError
 from blendserve.manifest import replacing
 from blendserve.planner.database import open_database
-from blendserve.planner.performance_model import CostConstants, cost_constants, load_hardware, load_model_shape
+from blendserve.planner.performance_model import cost_constants, load_hardware, load_model_shape
 from blendserve.planner.requests import compute_costs
+from blendserve.planner.schedule import CostModel
 
 SHARING_SOURCE: Final = "mmlu"
 COMPUTE_SOURCE: Final = "burstgpt"
 MEMORY_SOURCE: Final = "openvid"
+_SOURCES: Final = (SHARING_SOURCE, COMPUTE_SOURCE, MEMORY_SOURCE)
 WORKLOAD_SCHEMA: Final = pa.schema([("prompt_token_ids", pa.list_(pa.int32())), ("output_tokens", pa.int32())])
 _VOCABULARY: Final = 30_000  # token ids that every built-in model has
 _BATCH_ROWS: Final = 8192
+_FITTING_ROUNDS: Final = 14
+_TYPICAL_REQUESTS: Final = 14_042  # of each source, to know its means; all of mmlu once
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +99,10 @@ def generate_workload(
         raise UsageError(f"A workload needs at least 1 request, got {num_requests}.")
     random = np.random.default_rng(seed)
     constants = cost_constants(load_model_shape(model), load_hardware(hardware))
-    counts = mix_sources(constants, density=density, sharing=sharing, num_requests=num_requests)
-    lengths = {source: draw_lengths(source, count, random) for source, count in counts.items()}
+    with TemporaryDirectory() as folder, open_database(Path(folder)) as database:
+        costs = partial(compute_costs, database, constants)
+        lengths = draw_mix(costs, density=density, sharing=sharing, num_requests=num_requests, random=random)
+        reached = _density([_totals(costs, part) for part in lengths.values()])
     num_prompt_tokens = write_workload(path, list(lengths.values()), random)
     shared = sum(int(part.shared_tokens.sum()) for part in lengths.values())
     return {
@@ -104,23 +110,32 @@ def generate_workload(
         "num_requests": num_requests,
         "num_prompt_tokens": num_prompt_tokens,
         "num_output_tokens": sum(int(part.output_tokens.sum()) for part in lengths.values()),
-        "sources": counts,
+        "sources": {source: len(part.group) for source, part in lengths.items()},
         "sharing": shared / num_prompt_tokens,
-        "density": _density(constants, list(lengths.values())),
+        "density": reached,
     }
 
 
-def mix_sources(constants: CostConstants, *, density: float, sharing: float, num_requests: int) -> dict[str, int]:
-    """How many requests of each source together have `density` and `sharing`.
+def draw_mix(
+    costs: CostModel, *, density: float, sharing: float, num_requests: int, random: np.random.Generator
+) -> dict[str, RequestLengths]:
+    """Lengths of the requests of each source that together have `density` and `sharing`; see `generate_workload`."""
+    counts = _mix_sources(costs, density=density, sharing=sharing, num_requests=num_requests)
+    lengths = {source: draw_lengths(source, count, random) for source, count in counts.items()}
+    lengths[MEMORY_SOURCE] = _fit_density(costs, lengths, density)
+    return lengths
+
+
+def _mix_sources(costs: CostModel, *, density: float, sharing: float, num_requests: int) -> dict[str, int]:
+    """How many requests of each source there are.
 
     Per compute-heavy request there are x sharing ones and y memory-heavy ones; both conditions are linear in x, y.
     """
     random = np.random.default_rng(0)
-    totals = {source: _totals(constants, draw_lengths(source, 14_042, random)) for source in _SOURCES}
-    conditions = {
-        source: (part.shared - sharing * part.prompt, part.compute - density * part.memory)
-        for source, part in totals.items()
-    }
+    conditions = {}
+    for source in _SOURCES:
+        total = _totals(costs, draw_lengths(source, _TYPICAL_REQUESTS, random))
+        conditions[source] = (total.shared - sharing * total.prompt, total.compute - density * total.memory)
     matrix = np.array([conditions[SHARING_SOURCE], conditions[MEMORY_SOURCE]]).T
     sharing_part, memory_part = np.linalg.solve(matrix, -np.array(conditions[COMPUTE_SOURCE]))
     if sharing_part < 0 or memory_part < 0:
@@ -149,16 +164,13 @@ def write_workload(path: Path, parts: list[RequestLengths], random: np.random.Ge
         for name in ("group", "prefix_tokens", "own_tokens", "output_tokens")
     )
     order = random.permutation(len(group))
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, WORKLOAD_SCHEMA, compression="zstd") as writer:
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, WORKLOAD_SCHEMA, use_dictionary=False) as writer:
         for begin in range(0, len(order), _BATCH_ROWS):
             rows = order[begin : begin + _BATCH_ROWS]
             tokens = _token_ids(part_of[rows], group[rows], prefix[rows], own[rows], random)
             columns = {"prompt_token_ids": tokens, "output_tokens": output[rows].astype(np.int32)}
             writer.write_table(pa.table(columns, schema=WORKLOAD_SCHEMA))
     return int((prefix + own).sum())
-
-
-_SOURCES: Final = (SHARING_SOURCE, COMPUTE_SOURCE, MEMORY_SOURCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,31 +188,41 @@ def _tables() -> dict[str, Any]:
     return tables
 
 
-def _totals(constants: CostConstants, lengths: RequestLengths) -> _Totals:
-    """Means per request of a source."""
-    with TemporaryDirectory() as folder, open_database(Path(folder)) as database:
-        output = lengths.output_tokens.astype(np.float64)
-        compute, memory = compute_costs(
-            database,
-            constants,
-            num_prompt_tokens=lengths.prompt_tokens,
-            shared_prefix_tokens=lengths.shared_tokens,
-            mean_output_tokens=output,
-            mean_square_output_tokens=output**2,
-        )
-    count = max(len(output), 1)
+def _totals(costs: CostModel, lengths: RequestLengths) -> _Totals:
+    """Sums over the requests of a source."""
+    output = lengths.output_tokens.astype(np.float64)
+    compute, memory = costs(
+        num_prompt_tokens=lengths.prompt_tokens,
+        shared_prefix_tokens=lengths.shared_tokens,
+        mean_output_tokens=output,
+        mean_square_output_tokens=output**2,
+    )
     return _Totals(
-        shared=float(lengths.shared_tokens.sum()) / count,
-        prompt=float(lengths.prompt_tokens.sum()) / count,
-        compute=float(compute.sum()) / count,
-        memory=float(memory.sum()) / count,
+        shared=float(lengths.shared_tokens.sum()),
+        prompt=float(lengths.prompt_tokens.sum()),
+        compute=float(compute.sum()),
+        memory=float(memory.sum()),
     )
 
 
-def _density(constants: CostConstants, parts: list[RequestLengths]) -> float:
-    totals = [(_totals(constants, part), len(part.group)) for part in parts]
-    compute = sum(total.compute * count for total, count in totals)
-    return compute / sum(total.memory * count for total, count in totals)
+def _density(totals: list[_Totals]) -> float:
+    memory = sum(total.memory for total in totals)
+    return sum(total.compute for total in totals) / memory if memory > 0 else 0.0
+
+
+def _fit_density(costs: CostModel, lengths: dict[str, RequestLengths], density: float) -> RequestLengths:
+    """The memory-heavy requests, all longer or all shorter by one factor, so that a small workload is exact too."""
+    drawn = lengths[MEMORY_SOURCE]
+    others = [_totals(costs, part) for source, part in lengths.items() if source != MEMORY_SOURCE]
+    low, high = 0.2, 5.0
+    for _ in range(_FITTING_ROUNDS):
+        factor = (low * high) ** 0.5
+        scaled = replace(drawn, output_tokens=np.maximum(np.rint(drawn.output_tokens * factor), 1).astype(np.int64))
+        if _density([*others, _totals(costs, scaled)]) > density:
+            low = factor
+        else:
+            high = factor
+    return scaled
 
 
 def _token_ids(

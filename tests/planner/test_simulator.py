@@ -1,0 +1,160 @@
+"""The simulator: all work is done whatever the policy, within the cache, and blending overlaps what others don't."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blendserve.planner.performance_model import CostConstants
+from blendserve.planner.schedule import PlannedRequests, schedule_requests
+from blendserve.planner.simulate import POLICIES, SimulatedJob, bound_seconds, run_schedule
+from blendserve.planner.simulator import SimulatedMachine
+
+UNITS = CostConstants(
+    seconds_per_layer_token=1e-3,
+    seconds_per_sampled_token=1e-4,
+    seconds_per_attended_pair=0.0,
+    seconds_per_kv_token=1e-5,
+)
+
+
+def unit_costs(*, num_prompt_tokens, shared_prefix_tokens, mean_output_tokens, mean_square_output_tokens):
+    """The same formulas as `request_costs` with the constants above."""
+    steps = np.maximum(mean_output_tokens - 1, 0)
+    layer_tokens = num_prompt_tokens - shared_prefix_tokens + steps
+    read = steps * num_prompt_tokens + np.maximum(mean_square_output_tokens - mean_output_tokens, 0) / 2
+    compute = layer_tokens * UNITS.seconds_per_layer_token + mean_output_tokens * UNITS.seconds_per_sampled_token
+    return compute, np.maximum(np.maximum(read, layer_tokens), 1) * UNITS.seconds_per_kv_token
+
+
+def machine(capacity=20_000, is_overlapped=True, max_batched_tokens=256) -> SimulatedMachine:
+    return SimulatedMachine(
+        constants=UNITS,
+        step_seconds=0.0,
+        capacity_tokens=capacity,
+        max_batched_tokens=max_batched_tokens,
+        is_overlapped=is_overlapped,
+    )
+
+
+def job_of(prompts, shared, outputs, estimates=None) -> SimulatedJob:
+    mean = np.array(outputs if estimates is None else estimates, dtype=np.float64)
+    requests = PlannedRequests(
+        num_prompt_tokens=np.array(prompts, dtype=np.int64),
+        shared_prefix_tokens=np.array(shared, dtype=np.int64),
+        mean_output_tokens=mean,
+        mean_square_output_tokens=mean**2,
+        arrival=np.arange(len(prompts)),
+    )
+    return SimulatedJob(requests, np.array(outputs, dtype=np.int64))
+
+
+def replay(job, policy="blend", num_shards=1, **options):
+    plan = partial(schedule_requests, seed=0, num_shards=num_shards, costs=unit_costs)
+    return run_schedule(job, plan(job.requests, policy=policy), machine(**options))
+
+
+def two_kinds(count: int) -> SimulatedJob:
+    """Prompts with one token of output, then short prompts with long outputs, as a depth-first walk finds them."""
+    return job_of(
+        [400] * count + [20] * (count // 10), [0] * (count + count // 10), [1] * count + [900] * (count // 10)
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(1, 300), st.integers(0, 300), st.integers(0, 200), st.integers(1, 200)), max_size=25
+    ),
+    policy=st.sampled_from(POLICIES),
+    num_shards=st.integers(1, 3),
+    capacity=st.integers(50, 3000),
+    is_overlapped=st.booleans(),
+)
+def test_all_work_is_done_once_under_any_policy_and_cache(rows, policy, num_shards, capacity, is_overlapped):
+    prompts = [row[0] for row in rows]
+    limits = [min(pair) for pair in zip(prompts, [0, *prompts[:-1]], strict=True)] if rows else []
+    shared = [min(row[1], limit) for row, limit in zip(rows, limits, strict=True)]
+    job = job_of(prompts, shared, [max(row[2], 1) for row in rows], [row[3] for row in rows])
+    results = replay(job, policy, num_shards, capacity=capacity, is_overlapped=is_overlapped)
+    assert sum(result.num_prompt_tokens for result in results) == sum(prompts)
+    assert sum(result.num_output_tokens for result in results) == int(job.output_tokens.sum())
+    assert sum(result.num_cached_tokens for result in results) <= sum(shared)
+    for result in results:
+        longest = max(result.compute_seconds, result.memory_seconds)
+        assert result.seconds >= longest * (1 - 1e-9)
+        if not is_overlapped:
+            assert result.seconds == pytest.approx(result.compute_seconds + result.memory_seconds)
+
+
+@given(
+    prompts=st.lists(st.integers(1, 300), min_size=1, max_size=15),
+    outputs=st.lists(st.integers(1, 100), min_size=15, max_size=15),
+)
+def test_without_preemption_the_work_is_that_of_the_cost_model(prompts, outputs):
+    outputs = outputs[: len(prompts)]
+    job = job_of(prompts, [0] * len(prompts), outputs)
+    (result,) = replay(job, "fcfs", capacity=10**6, is_overlapped=False)
+    compute = sum((p + d - 1) * 1e-3 + d * 1e-4 for p, d in zip(prompts, outputs, strict=True))
+    memory = sum(((d - 1) * p + d * (d - 1) / 2) * 1e-5 for p, d in zip(prompts, outputs, strict=True))
+    assert result.num_preemptions == 0
+    assert result.compute_seconds == pytest.approx(compute)
+    assert result.memory_seconds == pytest.approx(memory)
+
+
+def test_blending_overlaps_what_depth_first_runs_one_after_the_other():
+    job = two_kinds(2000)
+    (blend,), (dfs,) = replay(job, "blend"), replay(job, "dfs")
+    bound = bound_seconds(job, unit_costs)
+    assert blend.seconds < 1.1 * bound
+    assert dfs.seconds > 1.3 * blend.seconds
+    assert blend.num_preemptions == 0
+
+
+def test_without_overlap_blending_gains_nothing_and_loses_nothing():
+    job = two_kinds(500)
+    (blend,), (dfs,) = replay(job, "blend", is_overlapped=False), replay(job, "dfs", is_overlapped=False)
+    assert blend.seconds == pytest.approx(dfs.seconds, rel=0.02)
+
+
+def test_the_compute_heavy_front_is_not_starved_by_shared_prompts():
+    # Budgets that count logical tokens give prompts that are mostly cached too little of each step: with 90 % of
+    # the left side's tokens shared, compute would fall behind and a compute-bound tail would remain.
+    groups, members = 40, 100
+    shared = ([0] + [360] * (members - 1)) * groups
+    count = groups * members
+    job = job_of([400] * count + [20] * 100, shared + [0] * 100, [1] * count + [900] * 100)
+    (blend,) = replay(job, "blend")
+    assert blend.seconds < 1.1 * bound_seconds(job, unit_costs)
+    assert blend.num_cached_tokens >= 0.99 * sum(shared)
+
+
+def test_each_step_is_balanced_although_all_memory_heavy_requests_start_together():
+    # Filling the cache in one go puts all requests into one phase: the memory time of a step then swings. Prefill
+    # follows it, so that neither resource waits: the sum of the steps' maxima stays near the larger total.
+    job = job_of([100] * 6000 + [10] * 60, [0] * 6060, [1] * 6000 + [1500] * 60)
+    (blend,) = replay(job, "blend", capacity=60_000, max_batched_tokens=1024)
+    assert blend.seconds < 1.1 * max(blend.compute_seconds, blend.memory_seconds)
+
+
+def test_a_cache_that_is_too_small_preempts_and_still_finishes():
+    job = job_of([10] * 20, [0] * 20, [200] * 20, [5] * 20)  # estimates far too low
+    (result,) = replay(job, "fcfs", capacity=500)
+    assert result.num_preemptions > 0
+    assert result.num_output_tokens == 4000
+
+
+def test_a_prompt_longer_than_the_cache_runs_alone():
+    (result,) = replay(job_of([5000, 10], [0, 0], [3, 3]), "fcfs", capacity=100)
+    assert result.num_prompt_tokens == 5010
+
+
+def test_parts_of_equal_work_take_equal_time():
+    job = two_kinds(4000)
+    (alone,) = replay(job, "blend")
+    halves = replay(job, "blend", num_shards=2)
+    assert alone.seconds / max(half.seconds for half in halves) > 1.9
