@@ -88,13 +88,14 @@ def _figures(job: JobFiles) -> tuple[tuple[str, str], ...]:
     whole = [shard for shard in done if not shard.num_resumed]  # a resumed shard times its last attempt only
     seconds = sum(shard.seconds for shard in whole)
     tokens = sum(shard.num_prompt_tokens + shard.num_completion_tokens for shard in whole)
+    speed = divide(tokens, seconds)
     totals = (job.manifest or {}).get("tokens", {})
     return (
         ("prompt tokens", format_count(totals.get("num_prompt_tokens"))),
         ("of them from the cache", format_count(totals.get("num_cached_tokens"))),
         ("completion tokens", format_count(totals.get("num_completion_tokens"))),
         ("engine time", format_seconds(sum(shard.seconds for shard in done) if done else None)),
-        ("tokens/s, input + output", format_count(divide(tokens, seconds))),
+        ("tokens/s, input + output", format_ratio(speed) if speed and speed < 100 else format_count(speed)),
     )
 
 
@@ -112,7 +113,7 @@ def _facts(job: JobFiles) -> tuple[tuple[str, str], ...]:
         ("ran on", ", ".join(devices) or "nothing yet"),
         ("planned for", planned_for),
         ("policy", spec.policy),
-        ("sampling", f"{sampling}, at most {format_count(spec.max_tokens)} tokens"),
+        ("sampling", f"{sampling}, at most {format_count(spec.max_tokens)} tokens where a row has no limit of its own"),
         ("input", _CREDENTIALS.sub("", spec.input)),
         ("output", _CREDENTIALS.sub("", spec.output)),
         ("fingerprint", job.record.fingerprint),

@@ -74,7 +74,7 @@ def draw_usage(job: JobFiles) -> Chart:
         "decode tokens share the steps all the way through, both fronts are running and the cache is kept full"
     )
     preempted = timeline.num_preempted
-    caption += f" ({format_count(preempted)} preemption{'' if preempted == 1 else 's'})."
+    caption += f" ({format_count(preempted)}\N{NO-BREAK SPACE}preemption{'' if preempted == 1 else 's'})."
     return Chart.drawn("usage", _TITLE, caption, _figure(timeline))
 
 
@@ -153,17 +153,24 @@ def _figure(timeline: Timeline) -> go.Figure:
         )
     style(figure, height=170 * len(_PANELS), hovermode="x unified", **_legends())
     figure.update_annotations(x=0, xanchor="left", font={"size": 13, "color": INK})
-    if len(timeline.run_starts) > 1:
-        for name, begin in timeline.run_starts[:_MAX_MARKED_RUNS]:
-            figure.add_vline(x=begin, line={"color": MUTED, "width": 1, "dash": "dot"})
-            figure.add_annotation(
-                x=begin, y=1, yref="y domain", text=name, showarrow=False, xanchor="left", yanchor="top",
-                font={"color": MUTED, "size": 11},
-            )  # fmt: skip
     figure.update_yaxes(rangemode="tozero", tickformat="~s", nticks=5)
     figure.update_yaxes(ticksuffix="s", row=len(_PANELS), col=1)
     figure.update_xaxes(title_text="seconds of engine time", row=len(_PANELS), col=1)
+    if len(timeline.run_starts) > 1:
+        _mark_runs(figure, timeline)
     return figure
+
+
+def _mark_runs(figure: go.Figure, timeline: Timeline) -> None:
+    """A line through all panels where a run begins, and its name above the tokens of the first panel."""
+    for name, begin in timeline.run_starts[:_MAX_MARKED_RUNS]:
+        figure.add_vline(x=begin, line={"color": MUTED, "width": 1, "dash": "dot"})
+        font = {"color": MUTED, "size": 11}
+        figure.add_annotation(
+            x=begin, y=1, yref="y domain", text=name, font=font, showarrow=False, xanchor="left", yanchor="top"
+        )
+    most_tokens = (timeline.means["num_prefill_tokens"] + timeline.means["num_decode_tokens"]).max()
+    figure.update_yaxes(range=[0, 1.3 * most_tokens], row=1, col=1)
 
 
 def _series() -> list[tuple[int, tuple[str, str, str, str | None, bool]]]:
@@ -177,7 +184,7 @@ def _series() -> list[tuple[int, tuple[str, str, str, str | None, bool]]]:
         (3, ("num_total_blocks", "there are", MUTED, None, False)),
         (4, ("kv_read_bytes", "bytes", RIGHT, RIGHT_AREA, False)),
         (5, ("max_step_seconds", "longest", PLANNED, None, False)),
-        (5, ("step_seconds", "a step", INK, None, False)),
+        (5, ("step_seconds", "mean", INK, None, False)),
     ]
 
 
