@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 # A shard's memory time is never taken to be less than this: a shard of one-token outputs reads no KV cache at all.
 _MIN_MEMORY_SECONDS = 1e-12
+# Requests of one output token need no memory by the formula, but their prompts do while they are prefilled.
+_MIN_LEFT_SHARE = 0.05
 
 
 class Front(str, Enum):
@@ -74,6 +76,11 @@ class DualScanner:
         return self._right - self._left
 
     @property
+    def density_remaining(self) -> float:
+        """Compute over memory time of all that hasn't been taken: the root's density, over what remains."""
+        return max(self._compute_remaining, 0.0) / max(self._memory_remaining, _MIN_MEMORY_SECONDS)
+
+    @property
     def left_share(self) -> float:
         """Share of the KV cache, in [0, 1], that requests from the left front should hold now."""
         if not self._is_two_ended or self.num_remaining <= 1:
@@ -82,7 +89,7 @@ class DualScanner:
         density_right = float(self._unit_density[self._right - 1])
         if density_left == density_right:
             return 1.0
-        density = max(self._compute_remaining, 0.0) / max(self._memory_remaining, _MIN_MEMORY_SECONDS)
+        density = self.density_remaining
         return min(max((density - density_right) / (density_left - density_right), 0.0), 1.0)
 
     def next_front(self, left_tokens: float, right_tokens: float, capacity_tokens: float) -> Front | None:
@@ -98,6 +105,16 @@ class DualScanner:
         missing_left = share * capacity_tokens - left_tokens
         missing_right = (1.0 - share) * capacity_tokens - right_tokens
         return Front.LEFT if missing_left >= missing_right else Front.RIGHT
+
+    def max_held_tokens(self, front: Front, capacity_tokens: float) -> float:
+        """The most KV cache tokens that requests of `front` may hold, counted at their full length.
+
+        The left front may use all of the cache. The right one leaves the left its share, and never less than what
+        prefilling takes: memory-heavy requests stay for long, so that once they fill the cache compute would starve.
+        """
+        if front is Front.LEFT or not self._is_two_ended:
+            return capacity_tokens
+        return (1.0 - max(self.left_share, _MIN_LEFT_SHARE)) * capacity_tokens
 
     def peek(self, front: Front) -> int:
         """The shard position at `front`, not taken. Raises IndexError when nothing remains."""

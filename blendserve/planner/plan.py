@@ -23,7 +23,7 @@ from blendserve.planner.plan_summary import summarize
 from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.prompt_tokens import open_prompt_tokens
 from blendserve.planner.requests import RequestStates, compute_costs, read_request_states
-from blendserve.planner.schedule import PlannedRequests, schedule_requests, shared_with_previous
+from blendserve.planner.schedule import PlannedRequests, schedule_requests
 from blendserve.schemas import OUTPUT_LENGTH_ESTIMATES, REQUEST_COSTS, REQUEST_ORDER
 from blendserve.spec import JobSpec
 
@@ -38,8 +38,8 @@ def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManif
     hardware = plan_hardware(spec)
     with open_database(folder.work) as database:
         states = read_request_states(database, folder)
-        lengths = _estimate(states, spec)
-        rows = np.flatnonzero(~states.is_duplicate & ~states.is_completed)
+        lengths = estimate_lengths(states, spec)
+        rows = rows_to_run(states)
         scheduled = schedule_rows(database, states, lengths, rows, spec, hardware, model_folder)
     _write_relations(folder, scheduled, states, lengths)
     manifest = _manifest(spec, model_folder, hardware, scheduled, states, lengths)
@@ -65,13 +65,7 @@ def schedule_rows(
 ) -> ScheduledRows:
     """Order `rows` (places in `states`, ascending) by the job's policy and cut them into its shards."""
     constants = cost_constants(load_model_shape(model_folder), hardware)
-    requests = PlannedRequests(
-        num_prompt_tokens=states.num_prompt_tokens[rows],
-        shared_prefix_tokens=shared_with_previous(states.shared_prefix_tokens, rows),
-        mean_output_tokens=lengths.mean[rows],
-        mean_square_output_tokens=lengths.mean_square[rows],
-        arrival=states.row_index[rows],
-    )
+    requests = PlannedRequests.of_rows(states, lengths, rows)
     schedule = schedule_requests(
         requests,
         policy=spec.policy,
@@ -83,7 +77,13 @@ def schedule_rows(
     return ScheduledRows(schedule, rows_in_order, lengths.estimated_tokens[rows_in_order])
 
 
-def _estimate(states: RequestStates, spec: JobSpec) -> OutputLengths:
+def rows_to_run(states: RequestStates) -> NDArray[np.int64]:
+    """Places in `states`, ascending, of the requests that are neither completed nor answered by another one."""
+    return np.flatnonzero(~states.is_duplicate & ~states.is_completed)
+
+
+def estimate_lengths(states: RequestStates, spec: JobSpec) -> OutputLengths:
+    """Output lengths of all requests, by what the job's rows and completions say."""
     return estimate_output_lengths(
         build_prefix_tree(states.shared_prefix_tokens),
         max_tokens=states.max_tokens,

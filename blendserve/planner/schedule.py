@@ -8,7 +8,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from blendserve.planner.output_lengths import OutputLengths
 from blendserve.planner.prefix_tree import PrefixTree, build_prefix_tree, range_minimum
+from blendserve.planner.requests import RequestStates
 from blendserve.planner.sharding import choose_num_shards, split_from_both_ends, split_in_order
 from blendserve.planner.units import cut_into_units, order_by_density, spread_prefix_costs
 from blendserve.spec import Policy
@@ -43,6 +45,17 @@ class PlannedRequests:
     @property
     def num_requests(self) -> int:
         return len(self.num_prompt_tokens)
+
+    @classmethod
+    def of_rows(cls, states: RequestStates, lengths: OutputLengths, rows: NDArray[np.int64]) -> PlannedRequests:
+        """The requests at the places `rows` (ascending) of a job's sorted requests."""
+        return cls(
+            num_prompt_tokens=states.num_prompt_tokens[rows],
+            shared_prefix_tokens=shared_with_previous(states.shared_prefix_tokens, rows),
+            mean_output_tokens=lengths.mean[rows],
+            mean_square_output_tokens=lengths.mean_square[rows],
+            arrival=states.row_index[rows],
+        )
 
 
 @dataclass(frozen=True, slots=True)

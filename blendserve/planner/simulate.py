@@ -25,7 +25,8 @@ from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.requests import compute_costs
 from blendserve.planner.sample import MIN_SAMPLED, draw_stratified
 from blendserve.planner.schedule import CostModel, PlannedRequests, Schedule, schedule_requests, shared_with_previous
-from blendserve.planner.simulator import SimulatedMachine, SimulatedShard, SimulationResult, Simulator
+from blendserve.planner.simulation import SimulatedMachine, SimulatedShard, SimulationResult
+from blendserve.planner.simulator import Simulator
 from blendserve.planner.sorted_prompts import SortedPrompts, sort_prompts
 from blendserve.spec import Policy
 

@@ -7,59 +7,15 @@ thousand requests decode, and stretches in which nothing but decoding happens ar
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from heapq import heappop, heappush
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blendserve.dual_scanner import DualScanner, Front
-from blendserve.planner.performance_model import CostConstants
-from blendserve.planner.prefix_tree import PrefixTree
 from blendserve.planner.simulated_cache import SimulatedCache
+from blendserve.planner.simulation import SimulatedMachine, SimulatedShard, SimulationResult
 
-_MIN_LEFT_SHARE = 0.05  # of the KV cache: one-token outputs need none by the formula, but their prefill does
 _OUTLIVED, _FINISHED = 0, 1  # kinds of events, in the order in which those of one step are handled
-
-
-@dataclass(frozen=True, slots=True)
-class SimulatedMachine:
-    """What a step may hold and what it costs. `step_seconds` is the least a step takes: reading all weights once."""
-
-    constants: CostConstants
-    step_seconds: float
-    capacity_tokens: int
-    max_batched_tokens: int
-    is_overlapped: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SimulatedShard:
-    """Requests in shard order, arrays [num_requests]; `positions` are their places in the order of `tree`."""
-
-    tree: PrefixTree
-    positions: NDArray[np.int64]
-    num_prompt_tokens: NDArray[np.int64]
-    output_tokens: NDArray[np.int64]
-    estimated_output_tokens: NDArray[np.int64]
-    compute_seconds: NDArray[np.float64]
-    memory_seconds: NDArray[np.float64]
-    unit_density: NDArray[np.float64]
-    is_two_ended: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SimulationResult:
-    """Totals of one shard. `compute_seconds` and `memory_seconds` are the work done, whether overlapped or not."""
-
-    seconds: float
-    compute_seconds: float
-    memory_seconds: float
-    num_steps: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_cached_tokens: int
-    num_preemptions: int
 
 
 class Simulator:
@@ -95,9 +51,7 @@ class Simulator:
         self._growth = 0  # tokens that running requests are still expected to add
         self._growing = 0  # running requests below their estimate
         self._context = 0  # KV tokens that the next decode step reads
-        self._held = {Front.LEFT: 0, Front.RIGHT: 0}
         self._reserved = {Front.LEFT: 0, Front.RIGHT: 0}  # prompt and estimated output of the admitted requests
-        self._decoding = {Front.LEFT: 0, Front.RIGHT: 0}
         self._step = 0
         self._seconds = self._compute = self._memory = 0.0
         self._cached_tokens = self._num_preemptions = 0
@@ -152,11 +106,10 @@ class Simulator:
             return None
         if self._queued_tokens < self._prefill_budget():
             return Front.LEFT if self._running or self._prefilling else Front.RIGHT
-        share = max(self._scanner.left_share, _MIN_LEFT_SHARE)
         request = self._scanner.peek(Front.RIGHT)
-        needed = self._prompt[request] + self._estimate[request]
-        room = (1 - share) * self._machine.capacity_tokens
-        return Front.RIGHT if self._reserved[Front.RIGHT] + needed <= room else None
+        held = self._reserved[Front.RIGHT] + self._prompt[request] + self._estimate[request]
+        room = self._scanner.max_held_tokens(Front.RIGHT, self._machine.capacity_tokens)
+        return Front.RIGHT if held <= room else None
 
     def _fits(self, request: int) -> bool:
         """Whether the cache has room for the request and for what all running ones are expected to add."""
@@ -174,7 +127,6 @@ class Simulator:
         if not produced:
             self._cached_tokens += cached
         self._own_tokens += own
-        self._held[self._front[request]] += own
         self._reserved[self._front[request]] += self._prompt[request] + self._estimate[request]
         self._growth += max(self._estimate[request] - produced, 0)
         last = self._prompt[request] + produced
@@ -270,8 +222,6 @@ class Simulator:
         self._context += count * num_decoding
         self._own_tokens += count * num_decoding
         self._growth -= count * self._growing
-        for front, number in self._decoding.items():
-            self._held[front] += count * number
         self._step += count
 
     # Events
@@ -283,10 +233,8 @@ class Simulator:
         rest = self._output[request] - self._produced[request]
         self._joined[request] = self._step
         self._running[request] = None
-        self._decoding[self._front[request]] += 1
         self._context += self._prompt[request] + self._produced[request]
         self._own_tokens += 1
-        self._held[self._front[request]] += 1
         expected = self._estimate[request] - self._produced[request]
         if expected > 0:
             self._growing += 1
@@ -318,8 +266,6 @@ class Simulator:
         del self._running[request]
         self._context -= self._prompt[request] + produced
         self._own_tokens -= own
-        self._held[self._front[request]] -= own
-        self._decoding[self._front[request]] -= 1
         self._cache.release(self._position[request])
 
     def _make_room(self) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from blendserve.manifest import PlanManifest, read_manifest
 from blendserve.planner.analyze import analyze
 from blendserve.planner.plan import make_plan
+from blendserve.planner.policy_comparison import compare_policies
 from blendserve.planner.sample import write_sample_plan
 from blendserve.schemas import (
     OUTPUT_LENGTH_ESTIMATES,
@@ -208,3 +209,16 @@ def test_no_sample_of_short_completions(tmp_path):
     folder = write_job(tmp_path / "job", [[row, 1] for row in range(40)], max_tokens=16)
     analyze(folder, dedupe=True)
     assert write_sample_plan(folder, make_spec(folder), write_model(tmp_path / "model")) == 0
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "a100-80gb"])
+def test_policies_are_compared_before_anything_runs(tmp_path, hardware):
+    prompts, hints = three_kinds(120)
+    folder = write_job(tmp_path / "job", prompts, max_tokens=1000, hints=hints)
+    analyze(folder, dedupe=True)
+    comparison = compare_policies(folder, make_spec(folder, hardware=hardware), write_model(tmp_path / "model"))
+    assert list(comparison["policies"]) == POLICIES
+    for figures in comparison["policies"].values():
+        assert figures["seconds"] >= comparison["bound_seconds"] * 0.999
+        assert figures["prefix_sharing"] <= comparison["prefix_sharing_optimal"] + 1e-9
+    assert comparison["policies"]["blend"]["prefix_sharing"] >= 0.99 * comparison["prefix_sharing_optimal"]

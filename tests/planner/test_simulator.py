@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from blendserve.planner.performance_model import CostConstants
 from blendserve.planner.schedule import PlannedRequests, schedule_requests
 from blendserve.planner.simulate import POLICIES, SimulatedJob, bound_seconds, run_schedule
-from blendserve.planner.simulator import SimulatedMachine
+from blendserve.planner.simulation import SimulatedMachine
 
 UNITS = CostConstants(
     seconds_per_layer_token=1e-3,

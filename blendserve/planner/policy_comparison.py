@@ -1,0 +1,53 @@
+"""What each policy would take for a job that is analyzed and maybe sampled: the table that `blendserve plan` shows."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blendserve.job_folder import JobFolder
+from blendserve.planner.database import open_database
+from blendserve.planner.performance_model import cost_constants, load_model_shape
+from blendserve.planner.plan import estimate_lengths, plan_hardware, rows_to_run
+from blendserve.planner.requests import compute_costs, read_request_states
+from blendserve.planner.schedule import PlannedRequests, schedule_requests
+from blendserve.planner.simulate import (
+    POLICIES,
+    SimulatedJob,
+    bound_seconds,
+    run_schedule,
+    simulated_machine,
+    summarize_runs,
+)
+from blendserve.spec import JobSpec, Policy
+
+
+def compare_policies(
+    folder: JobFolder, spec: JobSpec, model_folder: Path, *, policies: tuple[Policy, ...] = POLICIES
+) -> dict[str, Any]:
+    """Simulate what is left to run of the job under each policy, every request as long as it is estimated to be.
+
+    A GPU is taken to overlap compute and memory work, a CPU isn't. Returns `policies` (as `simulate` has them),
+    `prefix_sharing_optimal` and `bound_seconds`.
+    """
+    hardware = plan_hardware(spec)
+    is_overlapped = hardware.name != "cpu"
+    shape = load_model_shape(model_folder)
+    machine = simulated_machine(shape, hardware, is_overlapped=is_overlapped)
+    with open_database(folder.work) as database:
+        states = read_request_states(database, folder)
+        rows = rows_to_run(states)
+        requests = PlannedRequests.of_rows(states, estimate_lengths(states, spec), rows)
+        job = SimulatedJob(requests, np.maximum(np.rint(requests.mean_output_tokens), 1).astype(np.int64))
+        costs = partial(compute_costs, database, cost_constants(shape, hardware))
+        runs = {}
+        for policy in policies:
+            schedule = schedule_requests(
+                requests, policy=policy, seed=spec.seed, num_shards=spec.shards or 1, costs=costs
+            )
+            runs[policy] = summarize_runs([run_schedule(job, schedule, machine)])
+        bound = bound_seconds(job, costs)
+    return {"policies": runs, "prefix_sharing_optimal": job.prefix_sharing, "bound_seconds": bound}
