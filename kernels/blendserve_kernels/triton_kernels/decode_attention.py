@@ -29,6 +29,7 @@ SUFFIX = tl.constexpr(1)
 PREFIX = tl.constexpr(2)
 
 _MAX_PROGRAMS = 1024
+_SEGMENT = 512  # tiles that a program lists at a time
 _INTERPRETED_PROGRAMS = 5  # without a GPU: few, and no divisor of common sizes, so that items are cut
 _arrival_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
@@ -100,7 +101,7 @@ def _store_result(
     PART: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Normalise finished rows and write them; a suffix is first merged with its prefix, a prefix also leaves its lse."""
+    """Normalise finished rows and write them; a suffix is merged with its prefix first, a prefix leaves its lse too."""
     dims = tl.arange(0, HEAD_DIM)
     offsets = row_index[:, None] * HEAD_DIM + dims[None, :]
     if PART == SUFFIX:
@@ -202,7 +203,7 @@ def _block_of(block_table_ptr, block_table_stride, request, kv_token, is_wanted,
 def _finite(v, IS_COMPILED: tl.constexpr):
     """Make NaN and infinities some finite number, without a mask.
 
-    Beyond the context a block may hold NaN, and 0 * NaN is NaN. Unlike a mask, a clamp of the value itself needs no detour
+    Beyond the context a block may hold NaN, and 0 * NaN is NaN. Unlike a mask, a clamp of the value needs no detour
     through shared memory on the way to the tensor cores. A request's own NaN still shows through q and k.
     """
     # min and max of PTX return the operand that is a number.
@@ -294,8 +295,76 @@ def _tile_at(
         row_block = item - kv_head * row_blocks
     else:
         kv_head = item
-        row_block = 0
+        row_block = item * 0
     return first_request, num_requests, kv_begin, kv_end, num_tiles, kv_head, row_block, tile
+
+
+@triton.jit
+def _list_tiles(
+    begin,
+    list_ptr,
+    SEQUENCES_LOG2: tl.constexpr,
+    work_begins_ptr,
+    num_sequences,
+    num_kv_heads,
+    block_table_ptr,
+    block_table_stride,
+    context_lens_ptr,
+    prefix_lens_ptr,
+    group_starts_ptr,
+    group_sizes_ptr,
+    PART: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """Write down the SEGMENT tiles from `begin` on, eight words each, so that the loop over them only reads.
+
+    Words: row of the cache (USE_TMA) or KV token, first request, KV head, block of rows, keys that are valid, tile within
+    the item, tiles behind it in the item, requests (PREFIX) or whether a prefix is to be merged (SUFFIX).
+    """
+    index = begin + tl.arange(0, SEGMENT)
+    # The last sequence that begins at or before the index. Entries behind num_sequences repeat the total.
+    sequence = tl.zeros([SEGMENT], dtype=tl.int32)
+    for bit in tl.static_range(SEQUENCES_LOG2 - 1, -1, -1):
+        candidate = sequence + (1 << bit)
+        sequence = tl.where(tl.load(work_begins_ptr + candidate) <= index, candidate, sequence)
+    first_request, num_requests, kv_begin, kv_end, num_tiles, kv_head, row_block, tile = _tile_at(
+        index,
+        sequence,
+        work_begins_ptr,
+        num_sequences,
+        num_kv_heads,
+        context_lens_ptr,
+        prefix_lens_ptr,
+        group_starts_ptr,
+        group_sizes_ptr,
+        PART,
+        GROUP_SIZE,
+        ROWS,
+        TILE,
+    )
+    kv_token = kv_begin + tile * TILE
+    place = kv_token
+    if USE_TMA:
+        is_real = (sequence < num_sequences) & (kv_token < kv_end)
+        block = _block_of(block_table_ptr, block_table_stride, first_request, kv_token, is_real, BLOCK_SIZE)
+        place = (block * num_kv_heads + kv_head) * BLOCK_SIZE + kv_token % BLOCK_SIZE
+    entry = list_ptr + tl.arange(0, SEGMENT) * 8
+    tl.store(entry, place)
+    tl.store(entry + 1, first_request)
+    tl.store(entry + 2, kv_head)
+    tl.store(entry + 3, row_block)
+    tl.store(entry + 4, kv_end - kv_token)
+    tl.store(entry + 5, tile)
+    tl.store(entry + 6, num_tiles - 1 - tile)
+    if PART == PREFIX:
+        tl.store(entry + 7, num_requests)
+    else:
+        tl.store(entry + 7, (kv_begin > 0).to(tl.int32))
 
 
 @triton.jit
@@ -315,6 +384,7 @@ def _paged_attention_kernel(
     state_ptr,
     extrema_ptr,
     work_begins_ptr,
+    list_ptr,
     counters_ptr,
     num_sequences,
     num_kv_heads,
@@ -327,15 +397,16 @@ def _paged_attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
-    PADDED_SEQUENCES: tl.constexpr,
+    SEQUENCES_LOG2: tl.constexpr,
+    SEGMENT: tl.constexpr,
     USE_TMA: tl.constexpr,
     IS_COMPILED: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     # 1. The list of work: how long is it, and which part of it is this program's?
-    all_sequences = tl.arange(0, PADDED_SEQUENCES)
-    _, all_requests, _, _, all_tiles = _load_sequence(
+    all_sequences = tl.arange(0, 1 << SEQUENCES_LOG2)
+    all_first, all_requests, all_kv_begins, all_kv_ends, all_tiles = _load_sequence(
         all_sequences, num_sequences, context_lens_ptr, prefix_lens_ptr, group_starts_ptr, group_sizes_ptr, PART, TILE
     )
     all_items = num_kv_heads * tl.maximum((all_requests * GROUP_SIZE + ROWS - 1) // ROWS, 1)
@@ -357,18 +428,23 @@ def _paged_attention_kernel(
     num_heads = num_kv_heads * GROUP_SIZE
     dims = tl.arange(0, HEAD_DIM)
 
-    # 2. The tiles, across items. Addresses follow from `index` and `sequence` alone, so that loads can run ahead.
+    # 2. The tiles, across items. The compiler lets loads run ahead where the loop's index alone says their addresses,
+    # not where these follow from what an earlier iteration computed: so the list is written out.
     accumulator = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
     row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([ROWS], dtype=tl.float32)
-    sequence = first_sequence
-    for index in tl.range(part_begin, part_end, num_stages=NUM_STAGES):
-        first_request, num_requests, kv_begin, kv_end, num_tiles, kv_head, row_block, tile = _tile_at(
-            index,
-            sequence,
+    list_ptr += program * SEGMENT * 8
+    for segment_begin in tl.range(part_begin, part_end, SEGMENT, num_stages=1):
+        tl.debug_barrier()  # nobody still reads the last segment's list
+        _list_tiles(
+            segment_begin,
+            list_ptr,
+            SEQUENCES_LOG2,
             work_begins_ptr,
             num_sequences,
             num_kv_heads,
+            block_table_ptr,
+            block_table_stride,
             context_lens_ptr,
             prefix_lens_ptr,
             group_starts_ptr,
@@ -376,65 +452,86 @@ def _paged_attention_kernel(
             PART,
             GROUP_SIZE,
             ROWS,
+            BLOCK_SIZE,
             TILE,
+            SEGMENT,
+            USE_TMA,
         )
-        sequence += (index + 1 >= tl.load(work_begins_ptr + sequence + 1)).to(tl.int32)
-        rows, is_row = _row_offsets(first_request, num_requests, kv_head, row_block, num_heads, GROUP_SIZE, ROWS)
-        q_offsets = (rows // num_heads) * q_stride + (rows % num_heads) * HEAD_DIM
-        q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], mask=is_row[:, None], other=0.0)
-        kv_token = kv_begin + tile * TILE
-        if USE_TMA:
-            block = _block_of(block_table_ptr, block_table_stride, first_request, kv_token, kv_end > 0, BLOCK_SIZE)
-            cache_row = (block * num_kv_heads + kv_head) * BLOCK_SIZE + kv_token % BLOCK_SIZE
-            k = k_cache.load([cache_row, 0])
-            v = v_cache.load([cache_row, 0])
-        else:
-            tokens = kv_token + tl.arange(0, TILE)
-            is_token = tokens < kv_end
-            blocks = _block_of(block_table_ptr, block_table_stride, first_request, tokens, is_token, BLOCK_SIZE)
-            cache_rows = (blocks.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_SIZE + tokens % BLOCK_SIZE
-            cache_offsets = cache_rows[:, None] * HEAD_DIM + dims[None, :]
-            k = tl.load(k_cache + cache_offsets, mask=is_token[:, None], other=0.0)
-            v = tl.load(v_cache + cache_offsets, mask=is_token[:, None], other=0.0)
+        tl.debug_barrier()
+        segment_tiles = tl.minimum(part_end - segment_begin, SEGMENT)
+        for number in tl.range(0, segment_tiles, num_stages=NUM_STAGES):
+            entry = list_ptr + number * 8
+            place = tl.load(entry)
+            first_request = tl.load(entry + 1)
+            kv_head = tl.load(entry + 2)
+            num_valid = tl.load(entry + 4)
+            tile = tl.load(entry + 5)
+            if PART == PREFIX:
+                row_block = tl.load(entry + 3)
+                num_requests = tl.load(entry + 7)
+            else:
+                row_block = 0
+                num_requests = 1
+            row = row_block * ROWS + tl.arange(0, ROWS)
+            is_row = row < num_requests * GROUP_SIZE
+            q_begin = first_request.to(tl.int64) * q_stride + kv_head * GROUP_SIZE * HEAD_DIM
+            q_offsets = (row // GROUP_SIZE) * q_stride + (row % GROUP_SIZE) * HEAD_DIM
+            q = tl.load(q_ptr + q_begin + q_offsets[:, None] + dims[None, :], mask=is_row[:, None], other=0.0)
+            if USE_TMA:
+                k = k_cache.load([place, 0])
+                v = v_cache.load([place, 0])
+            else:
+                offsets = tl.arange(0, TILE)
+                is_token = offsets < num_valid
+                tokens = place + offsets
+                blocks = _block_of(block_table_ptr, block_table_stride, first_request, tokens, is_token, BLOCK_SIZE)
+                cache_rows = (blocks.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_SIZE + tokens % BLOCK_SIZE
+                cache_offsets = cache_rows[:, None] * HEAD_DIM + dims[None, :]
+                k = tl.load(k_cache + cache_offsets, mask=is_token[:, None], other=0.0)
+                v = tl.load(v_cache + cache_offsets, mask=is_token[:, None], other=0.0)
 
-        is_item_begin = tile == 0
-        accumulator = tl.where(is_item_begin, 0.0, accumulator)
-        row_max = tl.where(is_item_begin, float("-inf"), row_max)
-        row_sum = tl.where(is_item_begin, 0.0, row_sum)
-        # Masked loads fill up with zeros, and a prefix ends with a block: only a descriptor's tile can reach beyond.
-        accumulator, row_max, row_sum = _attend_to_tile(
-            q,
-            k,
-            v,
-            kv_end - kv_token,
-            scale_log2e,
-            accumulator,
-            row_max,
-            row_sum,
-            TILE,
-            USE_TMA and PART != PREFIX,
-            IS_COMPILED,
-            PRECISION,
-        )
-        if tile + 1 == num_tiles:
-            is_whole = index - tile >= part_begin
-            _store_result(
+            is_item_begin = tile == 0
+            accumulator = tl.where(is_item_begin, 0.0, accumulator)
+            row_max = tl.where(is_item_begin, float("-inf"), row_max)
+            row_sum = tl.where(is_item_begin, 0.0, row_sum)
+            # Masked loads fill up with zeros, and a prefix ends with a block: only a descriptor's tile reaches beyond.
+            accumulator, row_max, row_sum = _attend_to_tile(
+                q,
+                k,
+                v,
+                num_valid,
+                scale_log2e,
                 accumulator,
                 row_max,
                 row_sum,
-                rows,
-                is_row & is_whole,
-                kv_begin > 0,
-                out_ptr,
-                lse_ptr,
-                prefix_out_ptr,
-                prefix_lse_ptr,
-                PART,
-                HEAD_DIM,
+                TILE,
+                USE_TMA and PART != PREFIX,
+                IS_COMPILED,
+                PRECISION,
             )
-            _store_state(
-                accumulator, row_max, row_sum, program * 2, is_whole == 0, state_ptr, extrema_ptr, ROWS, HEAD_DIM
-            )
+            if tl.load(entry + 6) == 0:
+                is_whole = segment_begin + number - tile >= part_begin
+                has_prefix = tl.load(entry + 7) > 0
+                rows, is_row = _row_offsets(
+                    first_request, num_requests, kv_head, row_block, num_heads, GROUP_SIZE, ROWS
+                )
+                _store_result(
+                    accumulator,
+                    row_max,
+                    row_sum,
+                    rows,
+                    is_row & is_whole,
+                    has_prefix,
+                    out_ptr,
+                    lse_ptr,
+                    prefix_out_ptr,
+                    prefix_lse_ptr,
+                    PART,
+                    HEAD_DIM,
+                )
+                _store_state(
+                    accumulator, row_max, row_sum, program * 2, is_whole == 0, state_ptr, extrema_ptr, ROWS, HEAD_DIM
+                )
 
     # 3. Items that other programs share: the first of this part (begun earlier) and the last (ended later).
     first_request, num_requests, kv_begin, kv_end, num_tiles, kv_head, row_block, tile = _tile_at(
@@ -616,8 +713,9 @@ def launch_paged_attention(
     num_slots = 2 * shape.num_programs
     state = torch.empty(num_slots * rows, head_dim, dtype=torch.float32, device=q.device)
     extrema = torch.empty(num_slots * rows, 2, dtype=torch.float32, device=q.device)
-    padded_sequences = max(16, int(triton.next_power_of_2(num_sequences)))
-    work_begins = torch.empty(padded_sequences + 1, dtype=torch.int32, device=q.device)
+    sequences_log2 = max(4, (num_sequences - 1).bit_length())
+    work_begins = torch.empty((1 << sequences_log2) + 1, dtype=torch.int32, device=q.device)
+    tile_list = torch.empty(shape.num_programs, _SEGMENT, 8, dtype=torch.int32, device=q.device)
     caches: list[object] = [k_cache, v_cache]
     if shape.use_tma:
         caches = [
@@ -638,6 +736,7 @@ def launch_paged_attention(
         state,
         extrema,
         work_begins,
+        tile_list,
         _arrival_counters_of(q.device),
         num_sequences,
         num_kv_heads,
@@ -650,7 +749,8 @@ def launch_paged_attention(
         BLOCK_SIZE=block_size,
         TILE=shape.tile,
         ROWS=rows,
-        PADDED_SEQUENCES=padded_sequences,
+        SEQUENCES_LOG2=sequences_log2,
+        SEGMENT=_SEGMENT,
         USE_TMA=shape.use_tma,
         IS_COMPILED=q.is_cuda,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
