@@ -15,7 +15,7 @@ from blendserve.planner.prompt_tokens import open_prompt_tokens
 
 @dataclass(frozen=True, slots=True)
 class SortedPrompts:
-    """The rows of a Parquet file in lexical order of their prompts; arrays [num_rows] in that order."""
+    """The rows of a Parquet file in lexical order of their prompts, equal ones by place; arrays [num_rows]."""
 
     file_position: NDArray[np.int64]
     num_prompt_tokens: NDArray[np.int64]
@@ -30,4 +30,6 @@ def sort_prompts(database: duckdb.DuckDBPyConnection, path: Path, folder: Path) 
     with open_prompt_tokens(path, folder) as prompts:
         shared[1:] = prompts.common_prefix_lengths(positions[:-1], positions[1:])
         lengths = prompts.lengths[positions]
-    return SortedPrompts(positions, lengths, shared)
+    is_same = (shared[1:] == lengths[1:]) & (shared[1:] == lengths[:-1])
+    prompt = np.concatenate([np.zeros(1, np.int64), np.cumsum(~is_same)])[: len(positions)]
+    return SortedPrompts(positions[np.lexsort((positions, prompt))], lengths, shared)

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blendserve.planner.database import open_database
 from blendserve.planner.prefix_tree import build_prefix_tree, range_minimum
 from blendserve.planner.prompt_tokens import open_prompt_tokens
+from blendserve.planner.sorted_prompts import sort_prompts
 
 PROMPTS = st.lists(st.lists(st.integers(-1, 2), max_size=7), max_size=25)
 
@@ -103,6 +105,19 @@ def test_common_prefix_lengths_are_exact(tmp_path_factory, prompts, data):
         assert tokens.take(first).to_pylist() == [prompts[place] for place in first]
     expected = [common_prefix_length([prompts[a], prompts[b]]) for a, b in zip(first, second, strict=True)]
     assert lengths.tolist() == expected
+
+
+@settings(max_examples=20, deadline=None)
+@given(prompts=PROMPTS)
+def test_sorted_prompts_are_those_of_python(tmp_path_factory, prompts):
+    folder = tmp_path_factory.mktemp("prompts")
+    pq.write_table(pa.table({"prompt_token_ids": pa.array(prompts, pa.list_(pa.int32()))}), folder / "p.parquet")
+    with open_database(folder) as database:
+        found = sort_prompts(database, folder / "p.parquet", folder)
+    expected = sorted(range(len(prompts)), key=lambda place: (prompts[place], place))
+    assert found.file_position.tolist() == expected
+    assert found.num_prompt_tokens.tolist() == [len(prompts[place]) for place in expected]
+    assert found.shared_prefix_tokens.tolist() == shared_with_previous([prompts[place] for place in expected]).tolist()
 
 
 @given(values=st.lists(st.integers(0, 9), min_size=1, max_size=40), data=st.data())
