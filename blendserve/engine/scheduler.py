@@ -185,36 +185,47 @@ class Scheduler:
             return
         forecast = self._forecast()
         while self._free_rows and batch.num_tokens < self._max_num_batched_tokens:
-            candidate = self._next_candidate(forecast)
-            if candidate is None:
+            if not self._admit_one(batch, forecast):
                 return
-            request, front = candidate
+
+    def _admit_one(self, batch: ScheduledBatch, forecast: MemoryForecast) -> bool:
+        """Admit the first candidate that fits, or fail one that never will. False when there is none to admit now."""
+        for request, front in self._candidates(forecast):
             reason = self._reason_against(request)
             if reason is not None:
                 self._take(request, front)
                 batch.failed.append((request, reason))
-                continue
+                return True
             num_cached, num_revived = self._kv_cache.count_cached_tokens(request)
             # With nothing running the whole cache is free, so the request fits whatever the forecast says.
             if self.running and not forecast.fits(request, num_cached, num_revived):
-                return
+                continue
             self._take(request, front)
             self._start(request)
             self._schedule_prefill(batch, request)
             if request.row is None:  # preempted at once: the forecast was too hopeful
-                return
+                return False
             forecast.add(request, num_cached, num_revived)
+            return True
+        return False
 
-    def _next_candidate(self, forecast: MemoryForecast) -> tuple[Request, Front | None] | None:
-        """The request to admit next and the front it stands at; a preempted one stands at none."""
+    def _candidates(self, forecast: MemoryForecast) -> Iterator[tuple[Request, Front | None]]:
+        """What may be admitted next and the front it stands at, the best first; a preempted request stands at none.
+
+        Long requests from the right wait until much of the cache is free. Meanwhile the left goes on, as far as its
+        share and one step's prefill reach: otherwise the step would have memory work only, and beyond that the right
+        would never find room.
+        """
         if self._preempted:
-            return self._preempted[0], None
-        front = self._source.scanner.next_front(
-            forecast.footprint_tokens[Front.LEFT],
-            forecast.footprint_tokens[Front.RIGHT],
-            float(self._capacity_tokens),
-        )
-        return None if front is None else (self._read(self._source.scanner.peek(front)), front)
+            yield self._preempted[0], None
+            return
+        scanner, held, capacity = self._source.scanner, forecast.footprint_tokens, float(self._capacity_tokens)
+        front = scanner.next_front(held[Front.LEFT], held[Front.RIGHT], capacity)
+        if front is None:
+            return
+        yield self._read(scanner.peek(front)), front
+        if front is Front.RIGHT and held[Front.LEFT] < scanner.left_share * capacity + self._max_num_batched_tokens:
+            yield self._read(scanner.peek(Front.LEFT)), Front.LEFT
 
     def _take(self, request: Request, front: Front | None) -> None:
         if front is None:

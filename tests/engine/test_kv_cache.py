@@ -128,6 +128,7 @@ class KVCacheMachine(RuleBasedStateMachine):
             return
         self.cache.share_prompt_blocks(request, end)
         request.num_computed_tokens = end
+        assert request.num_tree_blocks * BLOCK_SIZE <= end, "a block is shared before it is full"
         for index in range(request.num_tree_blocks):
             tokens = tuple(request.prompt_token_ids[: (index + 1) * BLOCK_SIZE].tolist())
             self.content[request.block_table[index]] = tokens

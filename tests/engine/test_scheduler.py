@@ -168,3 +168,21 @@ def test_a_wrong_estimate_preempts_the_latest_admitted() -> None:
         finished += [request.row_index for request in take_step(scheduler, batch)]
     assert num_preempted > 0
     assert finished == [0, 1, 2, 3]
+
+
+def test_the_left_front_goes_on_while_the_right_one_waits_for_room() -> None:
+    short, long = [[number] * 8 for number in range(12)], [[50 + number] * 8 for number in range(3)]
+    stated = stated_requests([*short, *long], 2)
+    for request in stated[len(short) :]:
+        request["max_tokens"] = request["estimated_output_tokens"] = 40
+    cache = KVCache(16, BLOCK_SIZE, has_prefix_cache=True)  # 64 tokens: one long request and two short ones
+    scheduler = Scheduler(
+        ListSource(stated, is_two_ended=True), cache, max_num_seqs=16, max_num_batched_tokens=16, max_model_len=256
+    )
+    finished: list[int] = []
+    while scheduler.has_unfinished:
+        batch = scheduler.schedule()
+        assert batch.num_preempted == 0
+        finished += [request.row_index for request in take_step(scheduler, batch)]
+    assert finished.index(14) < finished.index(13) < finished.index(12)  # the long ones, from the right end
+    assert finished.index(14) >= 6  # short ones ran beside the first long one
