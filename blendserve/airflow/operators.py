@@ -20,6 +20,7 @@ from blendserve.errors import BlendServeError, UsageError
 from blendserve.spec import JobSpec
 
 RUN_FOLDER_KEY = "blendserve_output"
+PROGRESS_KEY = "blendserve_progress"
 NOT_WORTH_A_RETRY = (UsageError.exit_status,)
 
 
@@ -147,7 +148,7 @@ class ProgressWriter:
         self._last_written = time.monotonic()
         values = {name: value for name, value in progress.items() if name != "event"}
         self._log.info("progress", **values)
-        self._store.set("progress", values)
+        self._store.set(PROGRESS_KEY, values)
 
 
 class SampleOperator(FolderOperator):

@@ -24,7 +24,6 @@ from typing import Annotated
 import httpx
 import typer
 
-from blendserve.airflow import configuration
 from blendserve.errors import BlendServeError
 
 START_SECONDS = 120.0
@@ -66,18 +65,12 @@ def environment(home: Path, dags_folder: Path, port: int) -> dict[str, str]:
 
 def prepare() -> None:
     """Create or upgrade Airflow's database and make the GPU pool. Reads the settings from the environment."""
-    from airflow.models.pool import Pool
     from airflow.utils import db
 
+    from blendserve.airflow.gpu_pool import ensure_gpu_pool
+
     db.initdb()
-    name = configuration.get("gpu_pool")
-    if Pool.get_pool(name) is None:
-        Pool.create_or_update_pool(
-            name,
-            slots=configuration.get_integer("gpu_pool_slots"),
-            description="One slot a GPU: the tasks that run BlendServe's engine.",
-            include_deferred=False,
-        )
+    ensure_gpu_pool()
 
 
 @app.callback(invoke_without_command=True)

@@ -58,12 +58,18 @@ def workspace(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def migrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def own_environment() -> dict[str, str]:
+    """This process's environment without another Airflow's settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")}
+
+
+@pytest.fixture(scope="session")
+def migrated_home(tmp_path_factory: pytest.TempPathFactory, own_environment: dict[str, str]) -> Path:
     """An Airflow home with its database made, to copy: making one takes longer than a small run."""
     home = tmp_path_factory.mktemp("airflow") / "home"
     subprocess.run(
         [sys.executable, "-c", "from blendserve.airflow.standalone import prepare; prepare()"],
-        env=own_environment() | {"AIRFLOW_HOME": str(home), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"},
+        env=own_environment | {"AIRFLOW_HOME": str(home), "AIRFLOW__CORE__LOAD_EXAMPLES": "False"},
         check=True,
         capture_output=True,
         timeout=120,
@@ -72,15 +78,13 @@ def migrated_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def airflow_environment(workspace: Path, tiny_model: Path, migrated_home: Path) -> dict[str, str]:
+def airflow_environment(
+    workspace: Path, tiny_model: Path, migrated_home: Path, own_environment: dict[str, str]
+) -> dict[str, str]:
     """Environment of an Airflow of this test's own; its form may use the workspace and the tiny model only."""
     shutil.copytree(migrated_home, workspace / "airflow")
-    return own_environment() | {
+    return own_environment | {
         "BLENDSERVE_AIRFLOW_HOME": str(workspace / "airflow"),
         "AIRFLOW__BLENDSERVE__ALLOWED_PATHS": f"{workspace},{tiny_model}",
         "AIRFLOW__BLENDSERVE__RETRY_DELAY_SECONDS": "1",
     }
-
-
-def own_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")}

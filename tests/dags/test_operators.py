@@ -85,7 +85,9 @@ def test_killed_shard_asks_the_engine_to_stop(context: dict[str, Any], monkeypat
     monkeypatch.setattr(job, "run_shard", run_shard)
     with pytest.raises(Interrupted):
         operator.execute(context)
-    assert context["task_state_store"] == {"progress": {"shard": 2, "done": 1, "total": 5}}, "at most every 5 seconds"
+    assert context["task_state_store"] == {"blendserve_progress": {"shard": 2, "done": 1, "total": 5}}, (
+        "at most every 5 seconds"
+    )
 
 
 def test_nothing_left_to_run_is_a_success(context: dict[str, Any]) -> None:
