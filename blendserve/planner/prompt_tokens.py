@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-_BATCH_ROWS = 8192
+_BATCH_ROWS = 1024
 _FIRST_SLICE = 8  # most neighbours differ within a few tokens
 _MAX_SLICE = 256
 _MAX_COMPARED = 2**22  # tokens compared at one time
@@ -73,7 +73,7 @@ def open_prompt_tokens(path: Path, folder: Path) -> Iterator[PromptTokens]:
     """The column `prompt_token_ids` of the Parquet file `path`, kept in an unnamed temporary file in `folder`."""
     lengths: list[NDArray[np.int64]] = []
     with TemporaryFile(dir=folder) as file, pq.ParquetFile(path) as parquet:
-        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=["prompt_token_ids"]):
+        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=["prompt_token_ids"], use_threads=False):
             prompts = batch.column(0)
             lengths.append(np.diff(prompts.offsets.to_numpy(zero_copy_only=False)).astype(np.int64))
             prompts.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False).tofile(file)
