@@ -14,7 +14,7 @@ import signal
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import typer
 
@@ -22,8 +22,11 @@ from blendserve import demo_data, job
 from blendserve.console import Console
 from blendserve.doctor import examine
 from blendserve.engine_process import find_plan
-from blendserve.errors import BlendServeError, Interrupted
-from blendserve.spec import JobSpec, load_job
+from blendserve.errors import BlendServeError, Interrupted, UsageError
+from blendserve.planner.simulate import POLICIES
+from blendserve.planner.simulate import simulate as simulate_policies
+from blendserve.planner.workload import generate_workload
+from blendserve.spec import JobSpec, Policy, load_job
 
 app = typer.Typer(
     name="blendserve",
@@ -195,6 +198,62 @@ def show(
     console.step("plan", finished["manifest"]["plan"] | {"real_seconds": finished["real_seconds"]})
     console.finished(finished["manifest"])
     return finished, 0
+
+
+@app.command()
+@_reporting
+def simulate(
+    console: Console,
+    input_: Annotated[Path, typer.Option("--input", help="Parquet: prompt_token_ids or input_tokens, output_tokens.")],
+    model: Annotated[str, typer.Option("--model", help="A built-in model shape or a folder with config.json.")],
+    hardware: Annotated[str, typer.Option("--hardware", help="cpu, a100-80gb, h100 or h200.")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Devices that run shards side by side.")] = 1,
+    policies: Annotated[str, typer.Option("--policies", help="Comma-separated.")] = ",".join(POLICIES),
+    lengths: Annotated[Literal["known", "sampled"], typer.Option("--lengths", help="What the plan knows.")] = "known",
+    overlap: Annotated[Literal["on", "off"], typer.Option("--overlap", help="Compute beside memory, or after.")] = "on",
+) -> tuple[dict[str, Any], int]:
+    """Replay a workload step by step under a cost model, for each policy: no GPU is needed."""
+    chosen = tuple(policy.strip() for policy in policies.split(","))
+    unknown = [policy for policy in chosen if policy not in POLICIES]
+    if unknown:
+        raise UsageError(f"Unknown policies: {', '.join(unknown)}. Expected some of {', '.join(POLICIES)}.")
+    found = simulate_policies(
+        input_,
+        model=model,
+        hardware=hardware,
+        gpus=gpus,
+        policies=cast("tuple[Policy, ...]", chosen),
+        lengths=lengths,
+        is_overlapped=overlap == "on",
+    )
+    console.simulation(found)
+    return found, 0
+
+
+@app.command()
+@_reporting
+def workload(
+    console: Console,
+    density: Annotated[float, typer.Option("--density", help="Compute time over memory time, of the whole.")],
+    sharing: Annotated[float, typer.Option("--sharing", help="Share of the prompt tokens that can be shared.")],
+    requests: Annotated[int, typer.Option("--requests", help="Number of requests.")],
+    model: Annotated[str, typer.Option("--model", help="A built-in model shape or a folder with config.json.")],
+    hardware: Annotated[str, typer.Option("--hardware", help="cpu, a100-80gb, h100 or h200.")],
+    output: Annotated[Path, typer.Option("--output", help="Parquet file to write.")],
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same workload.")] = 0,
+) -> tuple[dict[str, Any], int]:
+    """Write a workload of given density and sharing, drawn from the lengths of real traces."""
+    made = generate_workload(
+        output,
+        density=density,
+        sharing=sharing,
+        num_requests=requests,
+        model=model,
+        hardware=hardware,
+        seed=seed,
+    )
+    console.say(json.dumps(made, indent=2))
+    return made, 0
 
 
 @app.command("demo-data")

@@ -112,6 +112,16 @@ class Console:
         table.add_row("report", f"{output}/report.html")
         self._out.print(table)
 
+    def simulation(self, found: dict[str, Any]) -> None:
+        """What each policy takes, and the bound that none can beat."""
+        table = rich.table.Table("policy", "seconds", "tokens/s", "sharing", "preemptions", title="Simulation")
+        for policy, run in found["policies"].items():
+            sharing = f"{run['prefix_sharing']:.1%}"
+            rate = f"{run['tokens_per_second']:,.0f}"
+            table.add_row(policy, f"{run['seconds']:,.1f}", rate, sharing, f"{run['num_preemptions']:,}")
+        table.add_row("bound", f"{found['bound_seconds']:,.1f}", "", f"{found['prefix_sharing_optimal']:.1%}", "")
+        self._out.print(table)
+
     def findings(self, findings: list[Finding]) -> None:
         table = rich.table.Table("", "what", "found", "what to do")
         for finding in findings:

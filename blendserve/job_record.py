@@ -77,6 +77,8 @@ def claim(folder: JobFolder, record: JobRecord) -> None:
     check_claimable(folder, record)
     if record.spec.force:
         _discard(folder)
+    elif folder.success.is_file():
+        return
     elif folder.job.is_file():
         earlier = read_record(folder).spec
         if _planning_options(earlier) != _planning_options(record.spec):

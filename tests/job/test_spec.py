@@ -14,7 +14,7 @@ REQUIRED = {"input": "i", "output": "o"}
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
-    file.write_text("input: i\noutput: o\nmax-tokens: 5\ntop_p: 0.5\nstop: [\"\\n\", END]\n")
+    file.write_text('input: i\noutput: o\nmax-tokens: 5\ntop_p: 0.5\nstop: ["\\n", END]\n')
     spec = load_job(file, {"max_tokens": 7})
     assert (spec.max_tokens, spec.top_p, spec.stop) == (7, 0.5, ("\n", "END"))
 
