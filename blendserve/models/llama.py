@@ -6,7 +6,7 @@ Knows nothing of requests or scheduling: a ragged batch and a paged KV cache go 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from blendserve.models.batch import ModelBatch
 from blendserve.models.config import ModelConfig
@@ -52,12 +52,12 @@ class LlamaModel:
                 attended, residual = attended[batch.logits_indices], residual[batch.logits_indices]
                 if len(batch.logits_indices) == 0:
                     return attended.new_empty((0, self.config.vocab_size))
-            projected = linear(attended, layer.output, layer.output_bias)
+            projected = layer.output(attended)
             normed, residual = add_rms_norm(projected, residual, layer.post_attention_norm, eps)
             fed_forward = _feed_forward(layer, normed)
             next_norm = self._weights.final_norm if is_last else layers[index + 1].input_norm
             normed, residual = add_rms_norm(fed_forward, residual, next_norm, eps)
-        return linear(normed, self._weights.head)
+        return self._weights.head(normed)
 
     def _attention(
         self, layer: LayerWeights, normed: torch.Tensor, batch: ModelBatch, cache: LayerCache
@@ -65,7 +65,7 @@ class LlamaModel:
         """[T, num_heads * head_dim]: what the heads gather, not yet projected. Stores K and V of all T tokens first."""
         config, head_dim = self.config, self.config.head_dim
         query_size, key_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        qkv = linear(normed, layer.qkv, layer.qkv_bias)  # [T, (num_heads + 2 num_kv_heads) * head_dim]
+        qkv = layer.qkv(normed)  # [T, (num_heads + 2 num_kv_heads) * head_dim]
         q, k, v = torch.split(qkv, [query_size, key_size, key_size], dim=-1)
         q, k = self._normed_heads(q, layer.q_norm), self._normed_heads(k, layer.k_norm)
         v = v.reshape(-1, config.num_kv_heads, head_dim)
@@ -105,5 +105,5 @@ class LlamaModel:
 
 
 def _feed_forward(layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
-    gate_up = linear(normed, layer.gate_up, layer.gate_up_bias)  # [T, 2 I]
-    return linear(silu_and_multiply(gate_up), layer.down, layer.down_bias)
+    gate_up = layer.gate_up(normed)  # [T, 2 I]
+    return layer.down(silu_and_multiply(gate_up))

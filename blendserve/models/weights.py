@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from blendserve.errors import ModelError
 from blendserve.models.config import ModelConfig
+from blendserve.models.linear import Linear
 
 _DUMMY_STD = 0.02
 
@@ -24,27 +25,23 @@ class LayerWeights:
     """One decoder layer. H hidden, I intermediate, Q = num_heads * head_dim, K = num_kv_heads * head_dim."""
 
     input_norm: torch.Tensor  # [H]
-    qkv: torch.Tensor  # [Q + 2 K, H]
-    qkv_bias: torch.Tensor | None  # [Q + 2 K]
+    qkv: Linear  # H → Q + 2 K
     q_norm: torch.Tensor | None  # [head_dim]
     k_norm: torch.Tensor | None  # [head_dim]
-    output: torch.Tensor  # [H, Q]
-    output_bias: torch.Tensor | None  # [H]
+    output: Linear  # Q → H
     post_attention_norm: torch.Tensor  # [H]
-    gate_up: torch.Tensor  # [2 I, H]
-    gate_up_bias: torch.Tensor | None  # [2 I]
-    down: torch.Tensor  # [H, I]
-    down_bias: torch.Tensor | None  # [H]
+    gate_up: Linear  # H → 2 I
+    down: Linear  # I → H
 
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """All weights. With tied embeddings `head` is the same tensor as `embedding`, both [vocab_size, H]."""
+    """All weights. With tied embeddings `head` multiplies by `embedding`, which is [vocab_size, H]."""
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
     final_norm: torch.Tensor
-    head: torch.Tensor
+    head: Linear  # H → vocab_size
 
 
 def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelWeights:
@@ -84,15 +81,13 @@ def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device,
 
 
 def _build(config: ModelConfig, tensor: TensorSource) -> ModelWeights:
-    embedding = tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-    head = (
-        embedding if config.tie_word_embeddings else tensor("lm_head.weight", (config.vocab_size, config.hidden_size))
-    )
+    shape = (config.vocab_size, config.hidden_size)
+    embedding = tensor("model.embed_tokens.weight", shape)
     return ModelWeights(
         embedding=embedding,
         layers=tuple(_layer(config, tensor, f"model.layers.{index}.") for index in range(config.num_layers)),
         final_norm=tensor("model.norm.weight", (config.hidden_size,)),
-        head=head,
+        head=Linear(embedding if config.tie_word_embeddings else tensor("lm_head.weight", shape)),
     )
 
 
@@ -100,30 +95,24 @@ def _layer(config: ModelConfig, tensor: TensorSource, prefix: str) -> LayerWeigh
     hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     query, key = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
-    def fused(names: tuple[str, ...], rows: tuple[int, ...]) -> torch.Tensor:
-        return torch.cat([tensor(f"{prefix}{name}.weight", (n, hidden)) for name, n in zip(names, rows, strict=True)])
-
-    def bias(is_present: bool, names: tuple[str, ...], rows: tuple[int, ...]) -> torch.Tensor | None:
-        if not is_present:
-            return None
-        return torch.cat([tensor(f"{prefix}{name}.bias", (n,)) for name, n in zip(names, rows, strict=True)])
+    def fused(parts: dict[str, int], in_features: int, has_bias: bool) -> Linear:
+        """One product for several of the same input, named with how many features each puts out."""
+        weights = [tensor(f"{prefix}{name}.weight", (rows, in_features)) for name, rows in parts.items()]
+        biases = [tensor(f"{prefix}{name}.bias", (rows,)) for name, rows in parts.items() if has_bias]
+        return Linear(torch.cat(weights), torch.cat(biases) if has_bias else None)
 
     def norm(name: str, size: int) -> torch.Tensor:
         return tensor(f"{prefix}{name}.weight", (size,))
 
-    qkv, qkv_rows = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (query, key, key)
-    gate_up, gate_up_rows = ("mlp.gate_proj", "mlp.up_proj"), (intermediate, intermediate)
+    qkv = {"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key}
+    gate_up = {"mlp.gate_proj": intermediate, "mlp.up_proj": intermediate}
     return LayerWeights(
         input_norm=norm("input_layernorm", hidden),
-        qkv=fused(qkv, qkv_rows),
-        qkv_bias=bias(config.has_qkv_bias, qkv, qkv_rows),
+        qkv=fused(qkv, hidden, config.has_qkv_bias),
         q_norm=norm("self_attn.q_norm", head_dim) if config.has_qk_norm else None,
         k_norm=norm("self_attn.k_norm", head_dim) if config.has_qk_norm else None,
-        output=tensor(f"{prefix}self_attn.o_proj.weight", (hidden, query)),
-        output_bias=bias(config.has_output_bias, ("self_attn.o_proj",), (hidden,)),
+        output=fused({"self_attn.o_proj": hidden}, query, config.has_output_bias),
         post_attention_norm=norm("post_attention_layernorm", hidden),
-        gate_up=fused(gate_up, gate_up_rows),
-        gate_up_bias=bias(config.has_mlp_bias, gate_up, gate_up_rows),
-        down=tensor(f"{prefix}mlp.down_proj.weight", (hidden, intermediate)),
-        down_bias=bias(config.has_mlp_bias, ("mlp.down_proj",), (hidden,)),
+        gate_up=fused(gate_up, hidden, config.has_mlp_bias),
+        down=fused({"mlp.down_proj": hidden}, intermediate, config.has_mlp_bias),
     )

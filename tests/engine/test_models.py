@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from blendserve.errors import ModelError
 from blendserve.models.config import ModelConfig
+from blendserve.models.linear import Linear
 from blendserve.models.rotary_table import rotary_table
 from blendserve.models.source import model_identity, resolve_model
 from blendserve.models.weights import dummy_weights, load_weights
@@ -171,11 +172,22 @@ def test_weights_of_another_shape_or_missing_are_named(folder: Path) -> None:
         load_weights(folder, config, torch.float32, cpu)
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 33])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_packed_products_equal_plain_ones(num_rows: int, has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn((70, 50), generator=generator), torch.randn(70, generator=generator)
+    x = torch.randn((num_rows, 100), generator=generator)[:, :50]  # strided, as a slice of a fused product is
+    expected = torch.nn.functional.linear(x, weight, bias if has_bias else None)
+    torch.testing.assert_close(Linear(weight, bias if has_bias else None)(x), expected)
+
+
 def test_dummy_weights_need_no_files_and_repeat(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     config, cpu = ModelConfig.load(folder), torch.device("cpu")
     first, second = (dummy_weights(config, torch.bfloat16, cpu) for _ in range(2))
-    assert torch.equal(first.layers[1].qkv, second.layers[1].qkv)
+    x = torch.ones((2, 48), dtype=torch.bfloat16)
+    assert torch.equal(first.layers[1].qkv(x), second.layers[1].qkv(x))
     assert first.embedding.dtype == torch.bfloat16
     assert 0.018 < float(first.embedding.float().std()) < 0.022
     run = run_engine(make_engine(folder, load_format="dummy"), stated_requests([[1, 2, 3]], 5))
