@@ -16,7 +16,7 @@ from airflow.sdk.exceptions import AirflowFailException
 
 from blendserve.airflow import configuration
 from blendserve.airflow.job_options import job_spec
-from blendserve.errors import BlendServeError, UsageError
+from blendserve.errors import BlendServeError, ReconciliationError, UsageError
 from blendserve.spec import JobSpec
 
 RUN_FOLDER_KEY = "blendserve_output"
@@ -235,7 +235,7 @@ class ReportOperator(FolderOperator):
 
 
 class GateOperator(FolderOperator):
-    """Declare the job done, or fail the run: when shards failed, or when rows failed and the job asks for that.
+    """Declare the job done, or fail the run: when rows are missing, or when rows failed and the job asks for that.
 
     :param results_asset: gets an event with `rows`, `failed` and `path` once the job is done.
     """
@@ -245,10 +245,9 @@ class GateOperator(FolderOperator):
         self.results_asset = results_asset
 
     def run_step(self, context: Context) -> dict[str, Any]:
-        from blendserve import job
         from blendserve.job_folder import JobFolder
 
-        manifest = job.finish(Path(self.root))
+        manifest = self._finished(Path(self.root))
         counts = manifest["counts"]
         num_without_completion = counts["failed"] + counts["rejected"]
         if num_without_completion and manifest["spec"]["on_row_error"] == "fail":
@@ -261,6 +260,17 @@ class GateOperator(FolderOperator):
             extra = {"rows": counts["input_rows"], "failed": num_without_completion, "path": path}
             context["outlet_events"][self.results_asset].extra = extra
         return _logged(self, counts)
+
+    def _finished(self, root: Path) -> dict[str, Any]:
+        from blendserve import job
+
+        try:
+            return job.finish(root)
+        except ReconciliationError:
+            # The results are older than the completions: shards that had failed were cleared, but merge was not.
+            job.merge(root)
+            job.report(root)
+            return job.finish(root)
 
 
 def _logged(operator: BlendServeOperator, found: dict[str, Any]) -> dict[str, Any]:

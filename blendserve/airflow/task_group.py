@@ -55,8 +55,9 @@ class BlendServePlan(TaskGroup):  # type: ignore[misc]
 class BlendServeBatch(TaskGroup):  # type: ignore[misc]
     """A whole job: preflight → extract → tokenize → analyze → sample → plan → run_shard … → merge → report → gate.
 
-    `run_shard` is mapped over the shards of the plan. It and `sample` run in the GPU pool, a slot each. merge runs
-    also when shards failed, so that what is finished can be used; then gate fails the run.
+    `run_shard` is mapped over the shards of the plan. It and `sample` run in the GPU pool, a slot each. merge and
+    report run also when shards failed, so that what is finished can be used; gate doesn't, so the run fails. Clear
+    the failed tasks, with or without those after them, and the job goes on.
 
     :param group_id: name of the group in the DAG.
     :param use_params: the run's params (the trigger form) win over the options.
@@ -100,6 +101,7 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
             gate = GateOperator(task_id="gate", root=root, results_asset=results_asset, retries=0)
             prepared >> sample >> plan >> run_shard >> merge >> report >> gate
             plan >> merge  # so that merge waits for a plan that worked, not for shards that worked
+            run_shard >> gate  # so that clearing what failed makes gate wait for the shards that run again
 
 
 def _prepare(options: dict[str, Any], use_params: bool) -> tuple[str, AnalyzeOperator]:

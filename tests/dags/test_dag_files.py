@@ -123,6 +123,7 @@ def test_steps_run_in_order_and_engine_tasks_take_gpu_slots(parsed: dict[str, An
     assert [name for name in names if tasks[name]["is_mapped"]] == ["batch.run_shard"]
     assert tasks["batch.merge"]["upstream"] == ["batch.plan", "batch.run_shard"]
     assert tasks["batch.merge"]["rule"] == "all_done_min_one_success"
+    assert tasks["batch.gate"]["upstream"] == ["batch.report", "batch.run_shard"]
     assert tasks["batch.gate"]["outlets"] == ["blendserve_results"]
 
 

@@ -117,10 +117,29 @@ def test_gate_fails_the_run_when_rows_failed_and_the_job_asks_for_it(
         gate.execute(context)
 
 
-def test_gate_fails_when_shards_are_missing(context: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def finish(_root: Path) -> None:
-        raise ReconciliationError("3 request(s) of /job have no completion")
+def test_gate_merges_again_when_shards_finished_after_the_merge(
+    context: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def finish(_root: Path) -> dict[str, Any]:
+        calls.append("finish")
+        if "merge" not in calls:
+            raise ReconciliationError("3 request(s) of /job have no completion")
+        return {"counts": {"input_rows": 3, "failed": 0, "rejected": 0}, "spec": {"on_row_error": "fail"}}
 
     monkeypatch.setattr(job, "finish", finish)
+    monkeypatch.setattr(job, "merge", lambda _root: calls.append("merge"))
+    monkeypatch.setattr(job, "report", lambda _root: calls.append("report"))
+    GateOperator(task_id="gate", root="/job").execute(context)
+    assert calls == ["finish", "merge", "report", "finish"]
+
+
+def test_gate_fails_when_rows_are_missing(context: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_root: Path) -> None:
+        raise ReconciliationError("3 request(s) of /job have no completion")
+
+    monkeypatch.setattr(job, "finish", fail)
+    monkeypatch.setattr(job, "merge", fail)
     with pytest.raises(ReconciliationError):
         GateOperator(task_id="gate", root="/job").execute(context)

@@ -91,14 +91,6 @@ with DAG("own", schedule=None, params={{"name": "first"}}):
     assert prompts[:2] == ["Is it a? 0 things", "Is it b? Say yes or no to this: is 1 even?"]
 
 
-def test_missing_input_fails_at_once_and_names_the_path(airflow_environment: dict[str, str], workspace: Path) -> None:
-    status, output = run(airflow_environment, workspace, "blendserve_batch", input="nothing.parquet", output="out")
-    assert status == 3
-    assert f"{workspace}/nothing.parquet" in output
-    assert output.count("Task failed with exception") == 1, "what only the user can mend is not tried again"
-    assert not (workspace / "out" / "job.json").exists()
-
-
 @pytest.mark.parametrize(("conf", "reason"), [("[1]", "expected an object"), ("{", "is not JSON")])
 def test_params_that_are_no_json_object_are_refused(tmp_path: Path, conf: str, reason: str) -> None:
     command = [sys.executable, "-m", "blendserve.airflow.single_run", "blendserve_batch", conf]
