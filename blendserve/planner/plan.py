@@ -62,10 +62,17 @@ def schedule_rows(
     spec: JobSpec,
     hardware: Hardware,
     model_folder: Path,
+    *,
+    arrival: NDArray[np.int64] | None = None,
 ) -> ScheduledRows:
-    """Order `rows` (places in `states`, ascending) by the job's policy and cut them into its shards."""
+    """Order `rows` (places in `states`, ascending) by the job's policy and cut them into its shards.
+
+    `arrival` [num_rows] says who comes first under policy fcfs; None: the order of the input.
+    """
     constants = cost_constants(load_model_shape(model_folder), hardware)
     requests = PlannedRequests.of_rows(states, lengths, rows)
+    if arrival is not None:
+        requests = replace(requests, arrival=arrival)
     schedule = schedule_requests(
         requests,
         policy=spec.policy,

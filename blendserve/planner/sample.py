@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +19,31 @@ from blendserve.planner.requests import RequestStates, read_request_states
 from blendserve.spec import JobSpec
 
 MIN_SAMPLED = 16
+COMPANION_SHARE = 0.03  # of the prompt tokens that aren't shared
 _MIN_MAX_TOKENS = 16  # shorter completions aren't worth a run of their own
 _ASSUMED_OUTPUT_TOKENS = 512  # before anything is known; a longer one is the engine's to absorb
 
 
 def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> int:
-    """Write the plan of the sample, one shard in the job's order. Returns its requests; 0: none needed, none written.
+    """Write the plan of the sample, one shard. Returns its requests; 0: none needed, none written.
 
-    The choice depends on the requests alone, so that a job that goes on finds the sample it has run.
+    The sampled requests run first, companions with long prompts after them: while the last long outputs decode, there
+    is prefill to do. The choice depends on the requests alone, so that a job that goes on finds the sample it has run.
     """
     hardware = plan_hardware(spec)
     with open_database(folder.work) as database:
         states = read_request_states(database, folder)
-        rows = choose_sample(states, spec)
-        if len(rows) == 0:
+        sampled = choose_sample(states, spec)
+        if len(sampled) == 0:
             return 0
+        others = np.setdiff1d(np.flatnonzero(~states.is_duplicate), sampled)
+        companions = choose_companions(states.shared_prefix_tokens, states.num_prompt_tokens, others)
+        rows = np.sort(np.concatenate([sampled, companions]))
+        arrival = np.isin(rows, companions).astype(np.int64)  # first come, first served: the sampled ones came first
         mean = np.minimum(states.max_tokens, _ASSUMED_OUTPUT_TOKENS).astype(np.float64)
         lengths = OutputLengths(mean, mean**2, np.zeros(len(mean), np.int64))
-        one_shard = spec.model_copy(update={"shards": 1})
-        scheduled = schedule_rows(database, states, lengths, rows, one_shard, hardware, model_folder)
-    scheduled = replace(scheduled, schedule=replace(scheduled.schedule, is_two_ended=False))
+        one_shard = spec.model_copy(update={"shards": 1, "policy": "fcfs"})
+        scheduled = schedule_rows(database, states, lengths, rows, one_shard, hardware, model_folder, arrival=arrival)
     draft = PlanManifest(
         plan_id="",
         policy=spec.policy,
@@ -50,7 +54,7 @@ def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> i
         engine=spec.engine,
         completions="../completions/sample",
         shards=(),
-        summary={"num_requests": len(rows)},
+        summary={"num_requests": len(rows), "num_sampled": len(sampled)},
     )
     plan_id = plan_id_of(draft.model_dump_json(), scheduled, states)
     manifest = draft.model_copy(update={"plan_id": plan_id, "shards": shard_plans(scheduled, states, plan_id)})
@@ -67,6 +71,17 @@ def choose_sample(states: RequestStates, spec: JobSpec) -> NDArray[np.int64]:
         return np.zeros(0, np.int64)
     num_sampled = max(MIN_SAMPLED, math.ceil(spec.sample_fraction * len(unknown)))
     return draw_stratified(states.shared_prefix_tokens, unknown, num_sampled)
+
+
+def choose_companions(
+    shared_prefix_tokens: NDArray[np.int64], num_prompt_tokens: NDArray[np.int64], candidates: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Those of the sorted places `candidates` that prefill most tokens of their own: COMPANION_SHARE of the job's."""
+    shared = np.maximum(shared_prefix_tokens, np.append(shared_prefix_tokens[1:], 0))
+    own = num_prompt_tokens - shared
+    longest_first = candidates[np.argsort(-own[candidates], kind="stable")]
+    num_chosen = np.searchsorted(np.cumsum(own[longest_first]), COMPANION_SHARE * own.sum(), side="right")
+    return longest_first[:num_chosen]
 
 
 def draw_stratified(

@@ -23,7 +23,7 @@ from blendserve.planner.output_lengths import OutputLengths, estimate_output_len
 from blendserve.planner.performance_model import Hardware, ModelShape, cost_constants, load_hardware, load_model_shape
 from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.requests import compute_costs
-from blendserve.planner.sample import MIN_SAMPLED, draw_stratified
+from blendserve.planner.sample import MIN_SAMPLED, choose_companions, draw_stratified
 from blendserve.planner.schedule import CostModel, PlannedRequests, Schedule, schedule_requests, shared_with_previous
 from blendserve.planner.simulation import SimulatedMachine, SimulatedShard, SimulationResult
 from blendserve.planner.simulator import Simulator
@@ -107,7 +107,7 @@ def simulate(
 def plan_phases(
     job: SimulatedJob, *, policy: Policy, seed: int, gpus: int, lengths: Lengths, costs: CostModel
 ) -> list[tuple[SimulatedJob, Schedule]]:
-    """What runs one after the other: the whole job, or its sample depth-first and then the rest by `policy`."""
+    """What runs one after the other: the whole job, or its sample with companions and then the rest by `policy`."""
     plan = partial(schedule_requests, seed=seed, num_shards=gpus, costs=costs)
     if lengths == "known" or job.requests.num_requests < 2 * MIN_SAMPLED:
         return [(job, plan(job.requests, policy=policy))]
@@ -125,10 +125,14 @@ def plan_phases(
         ignore_eos=False,
     )
     rest = np.setdiff1d(everyone, rows)
-    sample = job.subset(rows, estimates)
+    companions = choose_companions(job.requests.shared_prefix_tokens, job.requests.num_prompt_tokens, rest)
+    rest = np.setdiff1d(rest, companions)
+    together = np.sort(np.concatenate([rows, companions]))
+    sample = job.subset(together, estimates)
     remaining = job.subset(rest, estimates)
+    sampled_first = replace(sample.requests, arrival=np.isin(together, companions).astype(np.int64))
     return [
-        (sample, plan(sample.requests, policy="dfs")),
+        (sample, plan(sampled_first, policy="fcfs")),
         (remaining, plan(remaining.requests, policy=policy)),
     ]
 

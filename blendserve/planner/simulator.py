@@ -15,7 +15,7 @@ from blendserve.dual_scanner import DualScanner, Front
 from blendserve.planner.simulated_cache import SimulatedCache
 from blendserve.planner.simulation import SimulatedMachine, SimulatedShard, SimulationResult
 
-_OUTLIVED, _FINISHED = 0, 1  # kinds of events, in the order in which those of one step are handled
+_FINISHED, _OUTLIVED = 0, 1  # kinds of events, in the order in which those of one step are handled
 
 
 class Simulator:
@@ -49,7 +49,6 @@ class Simulator:
         self._queued_tokens = 0  # admitted, not computed
         self._own_tokens = 0  # KV cache beyond shared prefixes
         self._growth = 0  # tokens that running requests are still expected to add
-        self._growing = 0  # running requests below their estimate
         self._context = 0  # KV tokens that the next decode step reads
         self._reserved = {Front.LEFT: 0, Front.RIGHT: 0}  # prompt and estimated output of the admitted requests
         self._step = 0
@@ -128,7 +127,7 @@ class Simulator:
             self._cached_tokens += cached
         self._own_tokens += own
         self._reserved[self._front[request]] += self._prompt[request] + self._estimate[request]
-        self._growth += max(self._estimate[request] - produced, 0)
+        self._growth += self._estimate[request] - produced
         last = self._prompt[request] + produced
         self._queued_tokens += max(last - cached, 1)
         self._prefilling.append([request, min(cached, last - 1), last])
@@ -221,7 +220,7 @@ class Simulator:
         num_decoding = len(self._running)
         self._context += count * num_decoding
         self._own_tokens += count * num_decoding
-        self._growth -= count * self._growing
+        self._growth -= count * num_decoding
         self._step += count
 
     # Events
@@ -229,16 +228,14 @@ class Simulator:
     def _join(self, request: int) -> None:
         """The request's prefill is done and with it one more output token: decode, or finish at once."""
         self._produced[request] += 1
-        self._growth -= 1 if self._produced[request] <= self._estimate[request] else 0
+        self._growth -= 1
         rest = self._output[request] - self._produced[request]
         self._joined[request] = self._step
         self._running[request] = None
         self._context += self._prompt[request] + self._produced[request]
         self._own_tokens += 1
-        expected = self._estimate[request] - self._produced[request]
-        if expected > 0:
-            self._growing += 1
-            heappush(self._events, (self._step + expected, _OUTLIVED, request, self._step))
+        expected = max(self._estimate[request] - self._produced[request], 0)
+        heappush(self._events, (self._step + expected, _OUTLIVED, request, self._step))
         heappush(self._events, (self._step + rest, _FINISHED, request, self._step))
 
     def _handle_events(self) -> None:
@@ -247,9 +244,17 @@ class Simulator:
             if self._joined[request] != joined:
                 continue  # of a time before the request was preempted or finished
             if kind == _OUTLIVED:
-                self._growing -= 1
+                self._expect_more(request)
             else:
                 self._leave(request)
+
+    def _expect_more(self, request: int) -> None:
+        """The request has outlived its estimate: expect as much again, so that the room it will take is counted."""
+        more = self._estimate[request]
+        self._estimate[request] += more
+        self._growth += more
+        self._reserved[self._front[request]] += more
+        heappush(self._events, (self._step + more, _OUTLIVED, request, self._joined[request]))
 
     def _leave(self, request: int) -> None:
         """Give back all that the request holds, whether it has finished or is preempted."""
@@ -257,10 +262,7 @@ class Simulator:
         self._produced[request] += decoded
         self._joined[request] = -1
         produced = self._produced[request]
-        expected_rest = self._estimate[request] - produced
-        if expected_rest > 0:
-            self._growing -= 1
-            self._growth -= expected_rest
+        self._growth -= self._estimate[request] - produced
         own = self._prompt[request] - self._cache.shared_tokens(self._position[request]) + produced
         self._reserved[self._front[request]] -= self._prompt[request] + self._estimate[request]
         del self._running[request]

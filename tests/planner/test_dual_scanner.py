@@ -110,6 +110,6 @@ def test_invalid_costs_are_refused():
 def test_the_right_front_leaves_room_to_prefill():
     scanner = make_scanner([1000.0, 1.0, 1.0], [0.0, 500.0, 900.0])
     assert scanner.left_share < 0.01
-    assert scanner.max_held_tokens(Front.RIGHT, 1000.0) == pytest.approx(950.0)
+    assert scanner.max_held_tokens(Front.RIGHT, 1000.0) == pytest.approx(800.0)
     assert scanner.max_held_tokens(Front.LEFT, 1000.0) == 1000.0
     assert scanner.density_remaining == pytest.approx(1002 / 1400)

@@ -180,12 +180,18 @@ def test_the_sample_is_one_shard_that_covers_every_subtree(tmp_path):
     folder = write_job(tmp_path / "job", prompts, max_tokens=1000)
     analyze(folder, dedupe=True)
     spec, model = make_spec(folder), write_model(tmp_path / "model")
-    assert write_sample_plan(folder, spec, model) == 16
+    count = write_sample_plan(folder, spec, model)
     plan = read_manifest(folder.sample / "plan.json", PlanManifest)
     assert not plan.is_two_ended
     assert plan.completions == "../completions/sample"
     rows = pq.read_table(folder.sample / plan.shards[0].file).to_pylist()
-    assert {row["prompt_token_ids"][0] for row in rows} == {5, 6, 8, 9}
+    assert len(rows) == count
+    sampled, companions = rows[:16], rows[16:]
+    assert plan.summary["num_sampled"] == 16
+    assert {row["prompt_token_ids"][0] for row in sampled} == {5, 6, 8, 9}
+    # Long outputs aren't left to decode alone: prompts with much to prefill run beside them.
+    assert companions
+    assert {row["prompt_token_ids"][0] for row in companions} == {6}
 
 
 @pytest.mark.parametrize(
