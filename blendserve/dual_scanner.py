@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 # A shard's memory time is never taken to be less than this: a shard of one-token outputs reads no KV cache at all.
 _MIN_MEMORY_SECONDS = 1e-12
-# Requests of one output token need no memory by the formula, but their prompts do while they are prefilled, and one that
-# outlives its estimate takes more than its share. In simulation 0.2 costs nothing to 2 % where lengths are known
+# Requests of one output token need no memory by the formula, but their prompts do while they are prefilled; and one
+# that outlives its estimate takes more than its share. In simulation 0.2 costs nothing to 2 % where lengths are known
 # and saves 15 % against 0.05 where they are estimated.
 _MIN_LEFT_SHARE = 0.2
 

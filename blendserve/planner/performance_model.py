@@ -8,6 +8,7 @@ embeddings, the output head on sampled tokens only, and causal attention.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
@@ -59,6 +60,7 @@ class Hardware:
         """`num_devices` of these with the model split over all of them."""
         return replace(
             self,
+            name=f"{num_devices}x{self.name}",
             flops_per_second=self.flops_per_second * num_devices,
             bytes_per_second=self.bytes_per_second * num_devices,
             memory_bytes=self.memory_bytes * num_devices,
@@ -142,15 +144,18 @@ def _shape_of_config(config: Any, path: Path) -> ModelShape:
 
 
 def load_hardware(name: str, *, device: str = "auto") -> Hardware:
-    """The hardware called `name`; `auto` is the visible NVIDIA GPU, or the CPU where none is or `device` is cpu.
+    """The hardware called `name`; `4xh100` is four that hold one model together.
 
-    Raises UsageError on an unknown name.
+    `auto` is the visible NVIDIA GPU, or the CPU where none is or `device` is cpu. Raises UsageError on an unknown name.
     """
     if name == "auto":
         return BUILT_IN_HARDWARE["cpu" if device == "cpu" else _visible_hardware()]
-    if name not in BUILT_IN_HARDWARE:
-        raise UsageError(f"Unknown hardware '{name}'. Expected auto, {', '.join(sorted(BUILT_IN_HARDWARE))}.")
-    return BUILT_IN_HARDWARE[name]
+    matched = re.fullmatch(r"(?:([1-9]\d*)x)?(.+)", name)
+    if matched is None or matched[2] not in BUILT_IN_HARDWARE:
+        known = ", ".join(sorted(BUILT_IN_HARDWARE))
+        raise UsageError(f"Unknown hardware '{name}'. Expected auto, {known}, or several of one like 4xh100.")
+    hardware = BUILT_IN_HARDWARE[matched[2]]
+    return hardware.times(int(matched[1])) if matched[1] else hardware
 
 
 def _visible_hardware() -> str:
