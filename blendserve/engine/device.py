@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 import torch
 
@@ -9,8 +11,9 @@ from blendserve.errors import UsageError
 from blendserve.models.config import ModelConfig
 from blendserve.spec import EngineSpec
 
-# Of the RAM that is free when the engine starts: other processes live on the machine too.
+# Of the RAM that is free when the engine starts, or of what its container may have: other processes live there too.
 _CPU_MEMORY_SHARE = 0.25
+_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 # Of all GPU memory, kept free for what the profile run didn't show: fragmentation, libraries, graphs.
 _GPU_RESERVE_SHARE = 0.05
 
@@ -46,7 +49,9 @@ def free_memory_bytes(device: torch.device, activation_bytes: int) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return int(free - activation_bytes - _GPU_RESERVE_SHARE * total)
-    return int(psutil.virtual_memory().available * _CPU_MEMORY_SHARE)
+    limits = [path.read_text(encoding="ascii").strip() for path in _CONTAINER_LIMITS if path.exists()]
+    available = [psutil.virtual_memory().available, *(int(limit) for limit in limits if limit.isdigit())]
+    return int(min(available) * _CPU_MEMORY_SHARE)
 
 
 def count_blocks(available_bytes: int, bytes_per_block: int, max_useful_blocks: int) -> int:

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from blendserve.dual_scanner import Front
 
-_MIN_OVERRUN_TOKENS = 16
-
 
 class FinishReason(str, Enum):
     """How a completion ended: a stop token or string, the token limit, or an error."""
@@ -107,12 +105,10 @@ class Request:
 
     @property
     def remaining_output_tokens(self) -> int:
-        """Tokens it is still expected to generate, at least one. Past its estimate: a quarter of what it has, or 16."""
-        generated = len(self.output_token_ids)
-        expected = self.estimated_output_tokens - generated
-        if expected <= 0:
-            expected = max(generated // 4, _MIN_OVERRUN_TOKENS)
-        return max(min(expected, self.max_tokens - generated), 1)
+        """Tokens it is still expected to generate, at least one. Whenever it outlives its estimate, as many again."""
+        generated, estimate = len(self.output_token_ids), max(self.estimated_output_tokens, 1)
+        expected = estimate << (generated // estimate).bit_length()
+        return max(min(expected, self.max_tokens) - generated, 1)
 
     @property
     def footprint_tokens(self) -> float:

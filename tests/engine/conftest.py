@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import blendserve.engine  # noqa: F401 - says how torch's threads wait, so it comes before torch
 from tests.engine.engine_runs import ModelFactory, save_tiny_model
 
 

@@ -1,0 +1,95 @@
+"""What running requests are expected to need, and how much memory there is for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blendserve.dual_scanner import Front
+from blendserve.engine import device
+from blendserve.engine.admission import MemoryForecast
+from blendserve.engine.request import Request
+from blendserve.errors import UsageError
+from blendserve.spec import EngineSpec
+
+
+def make_request(num_prompt: int, estimate: int, generated: int = 0, max_tokens: int = 1000) -> Request:
+    request = Request(
+        position=0,
+        row_index=0,
+        request_id="0",
+        prompt_token_ids=np.zeros(num_prompt, dtype=np.int32),
+        max_tokens=max_tokens,
+        estimated_output_tokens=estimate,
+    )
+    request.output_token_ids = [1] * generated
+    request.num_prefill_tokens = num_prompt
+    return request
+
+
+@pytest.mark.parametrize(
+    ("estimate", "generated", "max_tokens", "expected"),
+    [(10, 0, 100, 10), (10, 9, 100, 1), (10, 10, 100, 10), (10, 19, 100, 1), (10, 20, 100, 20), (10, 30, 32, 2)],
+)
+def test_a_request_that_outlives_its_estimate_is_expected_to_go_on(
+    estimate: int, generated: int, max_tokens: int, expected: int
+) -> None:
+    request = make_request(5, estimate, generated, max_tokens)
+    assert request.remaining_output_tokens == expected
+    assert request.current_front is (Front.RIGHT if generated > estimate else Front.LEFT)
+
+
+@given(
+    running=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), max_size=6),
+    new=st.tuples(st.integers(1, 30), st.integers(1, 40)),
+    capacity=st.integers(1, 250),
+)
+def test_the_forecast_is_the_peak_of_decoding_in_step(
+    running: list[tuple[int, int]], new: tuple[int, int], capacity: int
+) -> None:
+    everyone = [*running, new]
+    longest = max(output for _, output in everyone)
+    # A request with r tokens to go holds p + t after t of them and is gone after r.
+    peak = max(sum(p + t for p, r in everyone if t <= r) for t in range(longest + 1))
+    requests = [make_request(prompt, output) for prompt, output in running]
+    forecast = MemoryForecast(requests, num_used_tokens=0, capacity_tokens=capacity)
+    assert forecast.fits(make_request(*new), 0, 0) == (peak <= capacity)
+
+
+def test_cached_tokens_count_once() -> None:
+    forecast = MemoryForecast([], num_used_tokens=0, capacity_tokens=100)
+    assert not forecast.fits(make_request(95, 10), 0, 0)
+    assert forecast.fits(make_request(95, 10), num_cached_tokens=16, num_revived_tokens=0)
+    assert not forecast.fits(make_request(95, 10), num_cached_tokens=16, num_revived_tokens=16)
+
+
+def test_no_more_blocks_than_memory_or_use() -> None:
+    assert device.count_blocks(1000, 100, max_useful_blocks=50) == 10
+    assert device.count_blocks(10000, 100, max_useful_blocks=50) == 50
+    with pytest.raises(UsageError, match="150 bytes are free for it, a block takes 100"):
+        device.count_blocks(150, 100, max_useful_blocks=50)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="torch sees no GPU"):
+        device.resolve_device(EngineSpec(device="cuda"))
+    assert device.resolve_device(EngineSpec()) == torch.device("cpu")
+    assert device.resolve_dtype(EngineSpec(), torch.device("cpu")) is torch.float32
+    assert device.resolve_dtype(EngineSpec(), torch.device("cuda")) is torch.bfloat16
+    assert device.resolve_dtype(EngineSpec(dtype="float16"), torch.device("cpu")) is torch.float16
+
+
+def test_a_container_limit_bounds_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+
+    limit = tmp_path / "memory.max"
+    limit.write_text("400000\n")
+    monkeypatch.setattr(device, "_CONTAINER_LIMITS", (limit,))
+    assert device.free_memory_bytes(torch.device("cpu"), 0) == 100000
+    limit.write_text("max\n")
+    assert device.free_memory_bytes(torch.device("cpu"), 0) > 100000
