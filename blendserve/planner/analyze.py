@@ -35,13 +35,13 @@ def analyze(folder: JobFolder, *, dedupe: bool) -> PrefixSummary:
     `dedupe`: a row with the same prompt and max_tokens as an earlier one becomes a duplicate of it.
     """
     tokenized = folder.relation("tokenized_requests")
+    prompts = sort_prompts(tokenized, folder.work)
+    shared = prompts.shared_prefix_tokens
+    neighbours = pq.read_table(tokenized, columns=["row_index", "num_prompt_tokens", "max_tokens"])
+    neighbours = neighbours.take(pa.array(prompts.file_position))
+    neighbours = neighbours.append_column("sort_position", pa.array(np.arange(len(shared))))
+    neighbours = neighbours.append_column("shared_prefix_tokens", pa.array(shared))
     with open_database(folder.work) as database:
-        prompts = sort_prompts(database, tokenized, folder.work)
-        shared = prompts.shared_prefix_tokens
-        neighbours = pq.read_table(tokenized, columns=["row_index", "num_prompt_tokens", "max_tokens"])
-        neighbours = neighbours.take(pa.array(prompts.file_position))
-        neighbours = neighbours.append_column("sort_position", pa.array(np.arange(len(shared))))
-        neighbours = neighbours.append_column("shared_prefix_tokens", pa.array(shared))
         sorted_requests = compute(
             database, "sorted_requests", parameters={"dedupe": dedupe}, tables={"neighbours": neighbours}
         )

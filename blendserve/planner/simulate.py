@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, Literal, get_args
 
-import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -85,7 +84,7 @@ def simulate(
     machine = simulated_machine(load_model_shape(model), device, is_overlapped=is_overlapped)
     with TemporaryDirectory() as folder, open_database(Path(folder)) as database:
         started = time.monotonic()
-        job = read_job(database, path, Path(folder))
+        job = read_job(path, Path(folder))
         costs = partial(compute_costs, database, machine.constants)
         reading_seconds = planning_seconds = time.monotonic() - started
         runs = {}
@@ -166,7 +165,7 @@ def simulated_machine(shape: ModelShape, device: Hardware, *, is_overlapped: boo
     )
 
 
-def read_job(database: duckdb.DuckDBPyConnection, path: Path, folder: Path) -> SimulatedJob:
+def read_job(path: Path, folder: Path) -> SimulatedJob:
     """Sort the workload at `path`. Raises InputError when a column is missing."""
     try:
         names = pq.read_schema(path).names
@@ -178,7 +177,7 @@ def read_job(database: duckdb.DuckDBPyConnection, path: Path, folder: Path) -> S
             "Expected output_tokens and one of prompt_token_ids (list<int32>) and input_tokens."
         )
     outputs = np.asarray(pq.read_table(path, columns=["output_tokens"]).column(0).to_numpy(), dtype=np.int64)
-    prompts = sort_prompts(database, path, folder) if "prompt_token_ids" in names else _unshared(path)
+    prompts = sort_prompts(path, folder) if "prompt_token_ids" in names else _unshared(path)
     output = np.maximum(outputs[prompts.file_position], 1)
     mean = output.astype(np.float64)
     requests = PlannedRequests(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.planner.database import compute
+from blendserve.planner.database import compute, open_database
 from blendserve.planner.prompt_tokens import open_prompt_tokens
 
 
@@ -22,9 +21,13 @@ class SortedPrompts:
     shared_prefix_tokens: NDArray[np.int32]
 
 
-def sort_prompts(database: duckdb.DuckDBPyConnection, path: Path, folder: Path) -> SortedPrompts:
-    """Sort the column `prompt_token_ids` of the Parquet file `path`; temporary files go to `folder`."""
-    order = compute(database, "sorted_prompts", parameters={"prompts": str(path)})
+def sort_prompts(path: Path, folder: Path) -> SortedPrompts:
+    """Sort the column `prompt_token_ids` of the Parquet file `path`; temporary files go to `folder`.
+
+    DuckDB is closed before the tokens are compared, so that the memory of both isn't held at one time.
+    """
+    with open_database(folder) as database:
+        order = compute(database, "sorted_prompts", parameters={"prompts": str(path)})
     positions = np.asarray(order.column("file_position").to_numpy(), dtype=np.int64)
     shared = np.zeros(len(positions), np.int32)
     with open_prompt_tokens(path, folder) as prompts:

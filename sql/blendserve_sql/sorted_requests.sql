@@ -29,7 +29,10 @@ grouped as (
 
     select
         *,
-        count(*) filter (where not is_same_prompt) over (order by sort_position) as prompt_group
+        sum(case when is_same_prompt then 0 else 1 end) over (
+            order by sort_position
+            rows between unbounded preceding and current row
+        ) as prompt_group
     from compared
 
 ),

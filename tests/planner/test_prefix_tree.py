@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blendserve.planner.database import open_database
 from blendserve.planner.prefix_tree import build_prefix_tree, range_minimum
 from blendserve.planner.prompt_tokens import open_prompt_tokens
 from blendserve.planner.sorted_prompts import sort_prompts
@@ -112,8 +111,7 @@ def test_common_prefix_lengths_are_exact(tmp_path_factory, prompts, data):
 def test_sorted_prompts_are_those_of_python(tmp_path_factory, prompts):
     folder = tmp_path_factory.mktemp("prompts")
     pq.write_table(pa.table({"prompt_token_ids": pa.array(prompts, pa.list_(pa.int32()))}), folder / "p.parquet")
-    with open_database(folder) as database:
-        found = sort_prompts(database, folder / "p.parquet", folder)
+    found = sort_prompts(folder / "p.parquet", folder)
     expected = sorted(range(len(prompts)), key=lambda place: (prompts[place], place))
     assert found.file_position.tolist() == expected
     assert found.num_prompt_tokens.tolist() == [len(prompts[place]) for place in expected]

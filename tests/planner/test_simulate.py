@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from blendserve.errors import InputError, ModelError, UsageError
-from blendserve.planner.database import open_database
 from blendserve.planner.simulate import POLICIES, simulate
 from blendserve.planner.sorted_prompts import sort_prompts
 from blendserve.planner.workload import draw_lengths, generate_workload
@@ -22,8 +21,7 @@ def test_a_workload_has_the_density_and_sharing_asked_for(tmp_path, density, sha
     summary = generate_workload(path, density=density, sharing=sharing, num_requests=3000, **MACHINE)
     table = pq.read_table(path)
     assert table.num_rows == summary["num_requests"] == 3000
-    with open_database(tmp_path) as database:
-        prompts = sort_prompts(database, path, tmp_path)
+    prompts = sort_prompts(path, tmp_path)
     found = prompts.shared_prefix_tokens.sum() / prompts.num_prompt_tokens.sum()
     assert found == pytest.approx(summary["sharing"], abs=0.003)  # a few first tokens agree by chance
     assert found == pytest.approx(sharing, rel=0.15)
