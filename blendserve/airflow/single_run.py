@@ -56,9 +56,17 @@ def _params(text: str) -> dict[str, object]:
     return stated
 
 
-if __name__ == "__main__":
+def main() -> None:
+    status = 0
     try:
         run_dag(*sys.argv[1:])
     except BlendServeError as error:
         log.error(str(error))
-        sys.exit(error.exit_status)
+        status = error.exit_status
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # everything is on disk; taking Airflow and torch apart object by object takes seconds
+
+
+if __name__ == "__main__":
+    main()

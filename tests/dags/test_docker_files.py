@@ -1,0 +1,78 @@
+"""The compose file: versions pinned, secrets from the environment only, health checks, room for a shard to end."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+DOCKER = Path(__file__).resolve().parents[2] / "docker"
+COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+
+
+def test_all_parts_of_airflow_are_there() -> None:
+    assert set(SERVICES) == {
+        *("postgres", "redis", "set-up", "api-server", "scheduler", "dag-processor", "triggerer"),
+        *("worker-cpu", "worker-gpu"),
+    }
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_images_are_pinned(name: str) -> None:
+    assert re.search(r":\d+\.\d+", SERVICES[name]["image"])
+
+
+def test_what_the_images_are_built_from_is_pinned() -> None:
+    lines = (DOCKER / "Dockerfile").read_text().splitlines()
+    bases = [line.split()[1] for line in lines if line.startswith("FROM")]
+    assert bases == ["python:3.11.14-slim-bookworm", "base", "base"]
+    assert "USER 50000" in lines, "no part runs as root"
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_secrets_come_from_the_environment(name: str) -> None:
+    for variable, value in SERVICES[name].get("environment", {}).items():
+        if re.search("PASSWORD|SECRET|FERNET|CONN$|BACKEND|BROKER_URL", variable):
+            assert "${" in value, variable
+
+
+def test_example_env_names_every_variable_and_holds_no_secret() -> None:
+    lines = (DOCKER / "example.env").read_text().splitlines()
+    stated = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    used = set(re.findall(r"(?<!\$)\$\{([A-Z_]+)", (DOCKER / "compose.yaml").read_text()))
+    assert used == set(stated)
+    assert {name for name, value in stated.items() if value} == {"BLENDSERVE_GPU_SLOTS", "BLENDSERVE_GPU_QUEUE"}
+
+
+@pytest.mark.parametrize("name", sorted(set(SERVICES) - {"set-up"}))
+def test_every_lasting_service_has_a_health_check(name: str) -> None:
+    assert SERVICES[name]["healthcheck"]["test"]
+    assert SERVICES[name]["restart"] == "unless-stopped"
+
+
+def test_gpu_worker_takes_one_shard_a_gpu_and_may_finish_it() -> None:
+    worker = SERVICES["worker-gpu"]
+    assert worker["profiles"] == ["gpu"]
+    assert worker["command"] == ["celery", "worker", "--queues", "gpu", "--concurrency", "1"]
+    assert worker["stop_grace_period"] == "1h"
+    (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["count"], device["capabilities"]) == (1, ["gpu"])
+
+
+def test_data_lies_at_the_same_place_everywhere() -> None:
+    for name in ("api-server", "worker-cpu", "worker-gpu"):
+        assert {"data:/data", "models:/models"} <= set(SERVICES[name]["volumes"])
+    environment = SERVICES["worker-gpu"]["environment"]
+    assert environment["AIRFLOW__BLENDSERVE__DATA_FOLDER"] == "/data"
+
+
+def test_variables_name_options_that_exist() -> None:
+    from blendserve.airflow.configuration import OPTIONS
+
+    prefix = "AIRFLOW__BLENDSERVE__"
+    named = {name.removeprefix(prefix).lower() for name in SERVICES["scheduler"]["environment"] if prefix in name}
+    assert named <= set(OPTIONS)
