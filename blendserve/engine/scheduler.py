@@ -15,8 +15,10 @@ from blendserve.engine.admission import MemoryForecast
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.request import Request
 
-# Upcoming requests at each front whose cached prefixes are spared from eviction, and how many steps that view may age.
+# Upcoming requests at each front whose cached prefixes are spared from eviction, and how many steps that view may age:
+# where the fronts have moved since, and where they haven't.
 _PIN_AHEAD = 16
+_PIN_AGE_STEPS = 4
 _PIN_MAX_AGE_STEPS = 32
 
 
@@ -86,7 +88,7 @@ class Scheduler:
         self._preempted: deque[Request] = deque()
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._upcoming: dict[int, Request] = {}  # requests read ahead of their admission, by position
-        self._pinned_at: tuple[int, int] = (-1, 0)  # num_remaining then, step then
+        self._pinned_at: tuple[int, int] = (-1, -_PIN_AGE_STEPS)  # num_remaining then, step then
         self._num_steps = 0
         self._scheduled: set[int] = set()  # positions planned into this step: these can't be preempted
 
@@ -282,8 +284,8 @@ class Scheduler:
         pinned_remaining, pinned_step = self._pinned_at
         num_remaining = self._source.scanner.num_remaining
         needed_blocks = len(self.running) + self._kv_cache.blocks_for(self._max_num_batched_tokens)
-        is_fresh = pinned_remaining == num_remaining and self._num_steps - pinned_step < _PIN_MAX_AGE_STEPS
-        if is_fresh or self._kv_cache.num_free_blocks > needed_blocks:
+        max_age = _PIN_MAX_AGE_STEPS if pinned_remaining == num_remaining else _PIN_AGE_STEPS
+        if self._num_steps - pinned_step < max_age or self._kv_cache.num_free_blocks > needed_blocks:
             return
         self._pinned_at = (num_remaining, self._num_steps)
         self._kv_cache.pin(self._read(position) for position in self._upcoming_positions())

@@ -118,13 +118,14 @@ def _smollm2_folder() -> Path:
     temporary.mkdir(parents=True)
     try:
         _convert_gguf(gguf, temporary)
-        _publish(temporary, folder)
+        publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _publish(temporary: Path, folder: Path) -> None:
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a finished folder its name, unless another process was quicker."""
     try:
         temporary.rename(folder)
     except OSError:

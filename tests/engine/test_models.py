@@ -18,7 +18,7 @@ from blendserve.errors import ModelError
 from blendserve.models.config import ModelConfig
 from blendserve.models.linear import Linear
 from blendserve.models.rotary_table import rotary_table
-from blendserve.models.source import model_identity, resolve_model
+from blendserve.models.source import model_identity, publish, resolve_model
 from blendserve.models.weights import dummy_weights, load_weights
 from tests.engine.engine_runs import TINY, make_engine, run_engine, stated_requests
 
@@ -192,3 +192,22 @@ def test_dummy_weights_need_no_files_and_repeat(folder: Path) -> None:
     assert 0.018 < float(first.embedding.float().std()) < 0.022
     run = run_engine(make_engine(folder, load_format="dummy"), stated_requests([[1, 2, 3]], 5))
     assert len(run.completions[0].token_ids) == 5
+
+
+def test_two_conversions_at_once_leave_one_folder(tmp_path: Path) -> None:
+    for number in range(2):
+        temporary = tmp_path / f".model.{number}.tmp"
+        temporary.mkdir()
+        (temporary / "config.json").write_text(str(number))
+        publish(temporary, tmp_path / "model")
+    assert (tmp_path / "model/config.json").read_text() == "0"
+
+
+def test_a_hub_model_is_a_folder_like_any_other(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    assert resolve_model("some/model") == folder
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"has no tokenizer\.json"):
+        resolve_model("some/model")

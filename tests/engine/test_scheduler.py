@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -186,3 +187,15 @@ def test_the_left_front_goes_on_while_the_right_one_waits_for_room() -> None:
         finished += [request.row_index for request in take_step(scheduler, batch)]
     assert finished.index(14) < finished.index(13) < finished.index(12)  # the long ones, from the right end
     assert finished.index(14) >= 6  # short ones ran beside the first long one
+
+
+@pytest.mark.parametrize(("is_two_ended", "num_kept_tokens"), [(True, 32), (False, 0)])
+def test_a_prefix_that_a_front_will_need_is_spared(is_two_ended: bool, num_kept_tokens: int) -> None:
+    prefix = list(range(32))
+    cache = KVCache(20, BLOCK_SIZE, has_prefix_cache=True)
+    settings: dict[str, Any] = {"max_num_seqs": 1, "max_num_batched_tokens": 64, "max_model_len": 256}
+    run_to_end(Scheduler(ListSource(stated_requests([[*prefix, 99]], 1)), cache, **settings))
+    # Forty requests that share nothing, each taking a third of the cache, and the prefix again at the right end.
+    stated = stated_requests([[100 + number] * 24 for number in range(40)] + [[*prefix, 98]], 3)
+    batches = run_to_end(Scheduler(ListSource(stated, is_two_ended=is_two_ended), cache, **settings))
+    assert sum(batch.num_cached_tokens for batch in batches) == num_kept_tokens
