@@ -55,15 +55,15 @@ def run_shard_process(
     plan = read_manifest(plan_folder / "plan.json", PlanManifest)
     # The engine ends with us, however we end: the pipe to its stdin closes.
     command = [sys.executable, "-m", "blendserve.engine.run_shard", "--stop-at-eof", str(plan_folder), str(shard)]
-    process = subprocess.Popen(  # noqa: S603 - our own module, no shell
+    with subprocess.Popen(  # noqa: S603 - our own module, no shell
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment()
-    )
-    lines: deque[str] = deque(maxlen=_KEPT_LINES)
-    try:
-        status = _watch(process, lines, on_progress, should_stop)
-    except BaseException:
-        _stop(process)
-        raise
+    ) as process:
+        lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        try:
+            status = _watch(process, lines, on_progress, should_stop)
+        except BaseException:
+            _stop(process)
+            raise
     if status == 0:
         completions = (plan_folder / plan.completions).resolve()
         return read_manifest(completions / f"shard-{shard:05d}" / "shard.json", ShardManifest)

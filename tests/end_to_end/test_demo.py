@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from blendserve.models.source import resolve_model
 from blendserve.spec import JobSpec
 from tests.end_to_end.command_line import results
 
-MIN_SHARED_TOKENS = 64
+MIN_SHARED_TOKENS = 16
+NUM_THREADS = len(os.sched_getaffinity(0))
+
+pytestmark = pytest.mark.timeout(900)  # a real model on a CPU
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +30,18 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of the demo's job."""
     folder = tmp_path_factory.mktemp("demo")
     demo_data.write(folder / "requests.parquet")
-    job.run(JobSpec(input=str(folder / "requests.parquet"), output=str(folder / "job"), id_column="id"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(NUM_THREADS))
+        job.run(JobSpec(input=str(folder / "requests.parquet"), output=str(folder / "job"), id_column="id"))
     return folder / "job"
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return AutoModelForCausalLM.from_pretrained(resolve_model("smollm2"), dtype=torch.float32).eval()
+def model() -> Iterator[Any]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(NUM_THREADS)
+    yield AutoModelForCausalLM.from_pretrained(resolve_model("smollm2"), dtype=torch.float32).eval()
+    torch.set_num_threads(num_threads)
 
 
 def completed(demo: Path) -> Iterator[tuple[list[int], list[int], int]]:
