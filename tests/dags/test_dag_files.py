@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +142,19 @@ def test_unknown_option_of_a_task_group_is_an_import_error(tmp_path: Path) -> No
     )
     (message,) = parse(tmp_path / "dags", tmp_path)["errors"].values()
     assert "Unknown option(s) max_token" in message
+
+
+def test_every_option_of_the_configuration_is_documented() -> None:
+    from blendserve.airflow.configuration import OPTIONS
+
+    page = (DAGS.parent / "docs" / "airflow.md").read_text(encoding="utf-8")
+    for option in OPTIONS.values():
+        default = f"`{option.default}`" if option.default else ""
+        assert f"| `{option.name}` | {default}".rstrip() in page
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    docs = DAGS.parent / "docs"
+    for page in docs.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (docs / target).exists(), f"{page.name}: {target}"
