@@ -31,6 +31,7 @@ class ShardFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._next_part: int | None = None  # known after the first write
 
     @property
     def manifest(self) -> Path:
@@ -69,8 +70,11 @@ class ShardFolder:
 
     def write_part(self, completions: Sequence[Completion]) -> None:
         """Write one more part file. Raises OutputError when the disk is full; earlier parts stay as they are."""
-        numbers = [int(path.stem.removeprefix("part-")) for path in self._parts()]
-        self._write(self.path / f"part-{max(numbers, default=-1) + 1:05d}.parquet", _completions_table(completions))
+        if self._next_part is None:
+            numbers = [int(path.stem.removeprefix("part-")) for path in self._parts()]
+            self._next_part = max(numbers, default=-1) + 1
+        self._write(self.path / f"part-{self._next_part:05d}.parquet", _completions_table(completions))
+        self._next_part += 1
 
     def write_metrics(self, steps: Sequence[StepMetrics]) -> None:
         self._write(self.path / "metrics.parquet", metrics_table(steps))
