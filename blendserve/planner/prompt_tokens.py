@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,16 +17,17 @@ from numpy.typing import NDArray
 _BATCH_ROWS = 1024
 _FIRST_SLICE = 8  # most neighbours differ within a few tokens
 _MAX_SLICE = 256
-_MAX_COMPARED = 2**22  # tokens compared at one time
+_MAX_COMPARED = 2**20  # tokens compared at one time
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
     """`token_ids[offsets[i] : offsets[i + 1]]` are the tokens of the prompt in row i of the Parquet file.
 
-    token_ids: int32 [num_tokens + padding], memory-mapped; offsets: int64 [num_rows + 1].
+    token_ids: int32 [num_tokens + padding], a view of the file `mapped`; offsets: int64 [num_rows + 1].
     """
 
+    mapped: mmap.mmap
     token_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
 
@@ -39,6 +41,7 @@ class PromptTokens:
         ends = np.cumsum(lengths)
         shift = np.repeat(self.offsets[rows] - (ends - lengths), lengths)
         values = self.token_ids[shift + np.arange(len(shift))]
+        self._let_go()
         offsets = np.concatenate([np.zeros(1, np.int64), ends]).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
@@ -65,7 +68,12 @@ class PromptTokens:
             part = slice(begin, begin + step)
             differs = windows[first[part]] != windows[second[part]]
             equal[part] = np.where(differs.any(axis=1), differs.argmax(axis=1), width)
+            self._let_go()
         return equal
+
+    def _let_go(self) -> None:
+        """Give back the pages that were read; otherwise the whole file would come to count as this process's memory."""
+        self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager
@@ -80,4 +88,5 @@ def open_prompt_tokens(path: Path, folder: Path) -> Iterator[PromptTokens]:
         np.zeros(_MAX_SLICE, np.int32).tofile(file)  # so that a slice may reach beyond the last prompt
         file.flush()
         offsets = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum()
-        yield PromptTokens(token_ids=np.memmap(file, dtype=np.int32, mode="r"), offsets=offsets)
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        yield PromptTokens(mapped, np.frombuffer(mapped, dtype=np.int32), offsets)

@@ -21,7 +21,7 @@ from blendserve.spec import JobSpec
 MIN_SAMPLED = 16
 COMPANION_SHARE = 0.03  # of the prompt tokens that aren't shared
 _MIN_MAX_TOKENS = 16  # shorter completions aren't worth a run of their own
-_ASSUMED_OUTPUT_TOKENS = 512  # before anything is known; a longer one is the engine's to absorb
+ASSUMED_OUTPUT_TOKENS = 512  # before anything is known; a longer one is the engine's to absorb
 
 
 def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> int:
@@ -40,7 +40,7 @@ def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> i
         companions = choose_companions(states.shared_prefix_tokens, states.num_prompt_tokens, others)
         rows = np.sort(np.concatenate([sampled, companions]))
         arrival = np.isin(rows, companions).astype(np.int64)  # first come, first served: the sampled ones came first
-        mean = np.minimum(states.max_tokens, _ASSUMED_OUTPUT_TOKENS).astype(np.float64)
+        mean = np.minimum(states.max_tokens, ASSUMED_OUTPUT_TOKENS).astype(np.float64)
         lengths = OutputLengths(mean, mean**2, np.zeros(len(mean), np.int64))
         one_shard = spec.model_copy(update={"shards": 1, "policy": "fcfs"})
         scheduled = schedule_rows(database, states, lengths, rows, one_shard, hardware, model_folder, arrival=arrival)

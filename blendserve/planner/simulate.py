@@ -22,7 +22,7 @@ from blendserve.planner.output_lengths import OutputLengths, estimate_output_len
 from blendserve.planner.performance_model import Hardware, ModelShape, cost_constants, load_hardware, load_model_shape
 from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.requests import compute_costs
-from blendserve.planner.sample import MIN_SAMPLED, choose_companions, draw_stratified
+from blendserve.planner.sample import ASSUMED_OUTPUT_TOKENS, MIN_SAMPLED, choose_companions, draw_stratified
 from blendserve.planner.schedule import CostModel, PlannedRequests, Schedule, schedule_requests, shared_with_previous
 from blendserve.planner.simulation import SimulatedMachine, SimulatedShard, SimulationResult
 from blendserve.planner.simulator import Simulator
@@ -127,7 +127,8 @@ def plan_phases(
     companions = choose_companions(job.requests.shared_prefix_tokens, job.requests.num_prompt_tokens, rest)
     rest = np.setdiff1d(rest, companions)
     together = np.sort(np.concatenate([rows, companions]))
-    sample = job.subset(together, estimates)
+    assumed = np.full(len(everyone), float(ASSUMED_OUTPUT_TOKENS))
+    sample = job.subset(together, OutputLengths(assumed, assumed**2, np.zeros(len(everyone), np.int64)))
     remaining = job.subset(rest, estimates)
     sampled_first = replace(sample.requests, arrival=np.isin(together, companions).astype(np.int64))
     return [
