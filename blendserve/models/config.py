@@ -113,12 +113,16 @@ def _check_supported(architecture: str, config: dict[str, Any]) -> None:
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(f"Activation '{config['hidden_act']}' of this {architecture} is not supported, only 'silu'.")
-    window = config.get("sliding_window")
-    uses_window = config.get("use_sliding_window", True) and window is not None
-    if uses_window and window < config["max_position_embeddings"]:
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window is not None and window < config["max_position_embeddings"]:
         raise ModelError(
             f"This {architecture} attends to a sliding window of {window} tokens, which is not supported: "
             "every token must attend to its whole context."
+        )
+    layer_types = set(config.get("layer_types") or ["full_attention"])
+    if layer_types != {"full_attention"}:
+        raise ModelError(
+            f"This {architecture} has layers of type {', '.join(sorted(layer_types))}; only full_attention is supported."
         )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")

@@ -20,6 +20,7 @@ from blendserve.errors import ModelError
 SHORT_NAMES = ("smollm2",)
 _SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "merges.txt", "vocab.txt"]
+_HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more, in other forms
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -85,7 +86,9 @@ def _hub_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return _checked_folder(Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS)))
+        return _checked_folder(
+            Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED))
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"Model '{name}' is neither a short name ({', '.join(SHORT_NAMES)}) nor a local folder, and can't be "

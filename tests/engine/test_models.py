@@ -108,6 +108,7 @@ def test_an_unsupported_architecture_is_refused_with_the_supported_ones(folder: 
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 2.0}}, "Rope type 'yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "Rope type 'dynamic'"),
         ({"sliding_window": 64}, "sliding window of 64 tokens"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layers of type full_attention, sliding_attention"),
         ({"hidden_act": "gelu"}, "Activation 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantized \(awq\)"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
