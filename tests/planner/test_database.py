@@ -1,0 +1,48 @@
+"""The planner's DuckDB: bounded memory that spills and leaves nothing, bound values, relations written whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from blendserve.planner.database import compute, default_memory_bytes, open_database, write_relation
+from blendserve.planner.sorted_prompts import sort_prompts
+from blendserve.schemas import OUTPUT_LENGTH_ESTIMATES
+
+
+def test_a_sort_larger_than_its_memory_spills_and_cleans_up(tmp_path):
+    random = np.random.default_rng(0)
+    num_rows, num_tokens = 60_000, 100
+    offsets = pa.array(np.arange(num_rows + 1, dtype=np.int32) * num_tokens)
+    tokens = random.integers(0, 1000, num_rows * num_tokens, dtype=np.int32)
+    path = tmp_path / "prompts.parquet"
+    pq.write_table(pa.table({"prompt_token_ids": pa.ListArray.from_arrays(offsets, pa.array(tokens))}), path)
+    with open_database(tmp_path / "spill", memory_bytes=48 * 2**20) as database:
+        table = compute(database, "sorted_prompts", parameters={"prompts": str(path)})
+    rows = tokens.reshape(num_rows, num_tokens)[table.column("file_position").to_numpy()]
+    expected = np.lexsort(tokens.reshape(num_rows, num_tokens).T[::-1])
+    assert np.array_equal(rows, tokens.reshape(num_rows, num_tokens)[expected])
+    assert list((tmp_path / "spill").iterdir()) == []
+
+
+def test_paths_are_bound_and_never_part_of_the_statement(tmp_path):
+    path = tmp_path / "it's; drop table x --.parquet"
+    pq.write_table(pa.table({"prompt_token_ids": pa.array([[2], [1]], pa.list_(pa.int32()))}), path)
+    assert sort_prompts(path, tmp_path).file_position.tolist() == [1, 0]
+
+
+def test_a_relation_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "output_length_estimates.parquet"
+    good = pa.table({"source": ["hint"], "row_index": [1], "estimated_output_tokens": [3]})
+    write_relation(path, good, OUTPUT_LENGTH_ESTIMATES)
+    assert pq.read_schema(path).equals(OUTPUT_LENGTH_ESTIMATES)
+    with pytest.raises(pa.ArrowInvalid):
+        write_relation(path, pa.table({**good.to_pydict(), "row_index": ["many"]}), OUTPUT_LENGTH_ESTIMATES)
+    assert pq.read_table(path).to_pylist() == [{"row_index": 1, "estimated_output_tokens": 3, "source": "hint"}]
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_default_limit_is_at_most_four_gigabytes():
+    assert 0 < default_memory_bytes() <= 4 * 2**30
