@@ -122,7 +122,7 @@ def _check_supported(architecture: str, config: dict[str, Any]) -> None:
     layer_types = set(config.get("layer_types") or ["full_attention"])
     if layer_types != {"full_attention"}:
         raise ModelError(
-            f"This {architecture} has layers of type {', '.join(sorted(layer_types))}; only full_attention is supported."
+            f"This {architecture} has layers of type {', '.join(sorted(layer_types))}; only full_attention works."
         )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
