@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -31,9 +32,13 @@ from benchmarks.kernels.measuring import (
     random_block_table,
 )
 from blendserve_kernels import reference
-from blendserve_kernels.decode_attention import decode_attention
+from blendserve_kernels.decode_attention import decode_attention, plan_decode
 from blendserve_kernels.prefill_attention import prefill_attention
-from blendserve_kernels.shared_prefix_attention import shared_prefix_decode_attention
+from blendserve_kernels.shared_prefix_attention import plan_shared_prefix, shared_prefix_decode_attention
+
+if TYPE_CHECKING:
+    from blendserve_kernels.triton_kernels.decode_attention import DecodePlan
+    from blendserve_kernels.triton_kernels.shared_prefix_attention import SharedPrefixPlan
 
 SCALE = HEAD_DIM**-0.5
 FEW_PROGRAMS = 48
@@ -67,20 +72,27 @@ def _ragged_lens(num_requests: int, longest: int) -> torch.Tensor:
 def bench_decode(
     pool: KVPool, num_requests: int, context: int, copy_rate: float, num_programs: int | None, is_ragged: bool = False
 ) -> Row:
-    """Time decode attention; bytes are those of the keys and values within the contexts."""
+    """Time decode attention; bytes are those of the keys and values within the contexts.
+
+    The plan is timed apart: a step makes one for all its layers.
+    """
     lens = torch.full((num_requests,), context, device="cuda", dtype=torch.int32)
     if is_ragged:
         lens = _ragged_lens(num_requests, context)
     q = torch.randn(num_requests, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
     tables = pool.parts(num_requests, context)
 
-    def call(table: torch.Tensor) -> torch.Tensor:
-        return decode_attention(q, pool.k_cache, pool.v_cache, table, lens, SCALE, num_programs)
+    def plan(table: torch.Tensor) -> DecodePlan | None:
+        return plan_decode(pool.k_cache, table, lens, HEADS, num_programs)
 
+    def call(table: torch.Tensor, plan: DecodePlan | None) -> torch.Tensor:
+        return decode_attention(q, pool.k_cache, pool.v_cache, table, lens, SCALE, plan=plan)
+
+    plans = [plan(table) for table in tables]
     chosen = torch.randperm(num_requests, device="cuda")[:8]
     expected = _decode_twin(pool, q[chosen], tables[-1][chosen], lens[chosen])
-    check_close(f"decode {num_requests} x {context}", call(tables[-1])[chosen], expected)
-    seconds = median_seconds([lambda table=table: call(table) for table in tables])  # type: ignore[misc]
+    check_close(f"decode {num_requests} x {context}", call(tables[-1], plans[-1])[chosen], expected)
+    seconds = median_seconds([partial(call, *layer) for layer in zip(tables, plans, strict=True)])
     rate = int(lens.sum()) * KV_BYTES_PER_TOKEN / seconds
     return {
         "kernel": "decode" + (" ragged" if is_ragged else ""),
@@ -88,6 +100,7 @@ def bench_decode(
         "context": context,
         "programs": num_programs or "all",
         "microseconds": seconds * 1e6,
+        "plan_microseconds": median_seconds([partial(plan, table) for table in tables]) * 1e6,
         "tb_per_s": rate / 1e12,
         "share_of_copy": rate / copy_rate,
     }
@@ -115,7 +128,7 @@ def bench_prefill(pool: KVPool, num_requests: int, num_tokens: int, gemm_rate: f
     table = torch.arange(len(blocks), device="cuda", dtype=torch.int32).view(num_requests, -1)
     expected = reference.prefill_attention(q.float(), k, v, table, bounds, lens, SCALE)
     check_close(f"prefill {num_requests} x {num_tokens}", call(tables[-1]), expected)
-    seconds = median_seconds([lambda table=table: call(table) for table in tables])  # type: ignore[misc]
+    seconds = median_seconds([partial(call, table) for table in tables])
     rate = 4 * HEADS * HEAD_DIM * num_requests * num_tokens * (num_tokens + 1) / 2 / seconds
     return {
         "kernel": "prefill",
@@ -137,17 +150,22 @@ def bench_shared_prefix(pool: KVPool, num_requests: int, prefix: int, suffix: in
     for table in tables:
         table[:, : prefix // BLOCK_SIZE] = table[0, : prefix // BLOCK_SIZE].clone()
 
-    def shared(table: torch.Tensor) -> torch.Tensor:
+    def shared(table: torch.Tensor, plan: SharedPrefixPlan | None) -> torch.Tensor:
         return shared_prefix_decode_attention(
-            q, pool.k_cache, pool.v_cache, table, lens, prefix_lens, starts, sizes, SCALE
+            q, pool.k_cache, pool.v_cache, table, lens, prefix_lens, starts, sizes, SCALE, plan=plan
         )
 
-    def plain(table: torch.Tensor) -> torch.Tensor:
-        return decode_attention(q, pool.k_cache, pool.v_cache, table, lens, SCALE)
+    def plain(table: torch.Tensor, plan: DecodePlan | None) -> torch.Tensor:
+        return decode_attention(q, pool.k_cache, pool.v_cache, table, lens, SCALE, plan=plan)
 
-    check_close(f"shared prefix {prefix} + {suffix}", shared(tables[-1]), _decode_twin(pool, q, tables[-1], lens))
-    shared_seconds = median_seconds([lambda table=table: shared(table) for table in tables])  # type: ignore[misc]
-    plain_seconds = median_seconds([lambda table=table: plain(table) for table in tables])  # type: ignore[misc]
+    plans = [plan_shared_prefix(pool.k_cache, table, lens, prefix_lens, starts, sizes, HEADS) for table in tables]
+    plain_plans = [plan_decode(pool.k_cache, table, lens, HEADS) for table in tables]
+
+    check_close(
+        f"shared prefix {prefix} + {suffix}", shared(tables[-1], plans[-1]), _decode_twin(pool, q, tables[-1], lens)
+    )
+    shared_seconds = median_seconds([partial(shared, *layer) for layer in zip(tables, plans, strict=True)])
+    plain_seconds = median_seconds([partial(plain, *layer) for layer in zip(tables, plain_plans, strict=True)])
     return {
         "kernel": "shared prefix",
         "batch": num_requests,

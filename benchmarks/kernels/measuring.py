@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -44,10 +45,11 @@ def median_seconds(calls: Sequence[Callable[[], object]], num_replays: int = 15)
 
 
 def copy_bytes_per_second() -> float:
-    """Return the bandwidth of a device-to-device copy of 4 GiB, bytes read and written."""
-    source = torch.randint(0, 256, (4 << 30,), dtype=torch.uint8, device="cuda")
+    """Return the bandwidth of a 4 GiB copy on the device, bytes read and written: the best of memcpy and a kernel."""
+    source = torch.randn(1 << 31, device="cuda", dtype=DTYPE)
     target = torch.empty_like(source)
-    return 2 * source.numel() / median_seconds([lambda: target.copy_(source)])
+    copies = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+    return max(2 * source.nbytes / median_seconds([copy]) for copy in copies)
 
 
 def gemm_flops_per_second(num_tokens: int) -> float:
@@ -58,7 +60,7 @@ def gemm_flops_per_second(num_tokens: int) -> float:
         for num_in, num_out in PROJECTIONS:
             x = torch.randn(num_tokens, num_in, device="cuda", dtype=DTYPE)
             weight = torch.randn(num_out, num_in, device="cuda", dtype=DTYPE)
-            calls.append(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight))  # type: ignore[misc]
+            calls.append(partial(torch.nn.functional.linear, x, weight))
             num_flops += 2 * num_tokens * num_in * num_out
     return num_flops / (median_seconds(calls) * len(calls))
 

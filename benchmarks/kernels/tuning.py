@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from benchmarks.kernels.attention import FEW_PROGRAMS, SCALE, KVPool
 from benchmarks.kernels.measuring import DTYPE, HEAD_DIM, HEADS, KV_BYTES_PER_TOKEN, median_seconds
-from blendserve_kernels.triton_kernels.decode_attention import LaunchShape, decode_attention_triton
+from blendserve_kernels.triton_kernels.decode_attention import (
+    LaunchShape,
+    decode_attention_triton,
+    plan_decode_triton,
+)
 from blendserve_kernels.triton_kernels.prefill_attention import PrefillShape, prefill_attention_triton
-from blendserve_kernels.triton_kernels.shared_prefix_attention import shared_prefix_decode_attention_triton
+from blendserve_kernels.triton_kernels.shared_prefix_attention import (
+    plan_shared_prefix_triton,
+    shared_prefix_decode_attention_triton,
+)
 
 
 def _attempt(name: str, figure: Callable[[], str]) -> None:
@@ -39,16 +47,17 @@ def tune_decode(pool: KVPool) -> None:
             (True, 128, 7, 4),
             (True, 128, 7, 8),
             (True, 64, 9, 4),
-            (True, 64, 13, 4),
-            (False, 64, 8, 8),
+            (False, 64, 10, 8),
         ):
             for programs in (num_sms, FEW_PROGRAMS):
                 shape = LaunchShape(use_tma, tile, stages, warps, programs)
 
                 def figure(shape: LaunchShape = shape) -> str:
                     calls = [
-                        lambda table=table: decode_attention_triton(  # type: ignore[misc]
-                            q, pool.k_cache, pool.v_cache, table, lens, SCALE, shape=shape
+                        partial(
+                            decode_attention_triton,
+                            *(q, pool.k_cache, pool.v_cache, table, lens, SCALE),
+                            plan=plan_decode_triton(pool.k_cache, table, lens, HEADS, shape=shape),
                         )
                         for table in tables
                     ]
@@ -66,23 +75,20 @@ def tune_prefill(pool: KVPool) -> None:
         q = torch.randn(num_tokens, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
         tables = pool.parts(1, num_tokens)[:8]
         for rows, tile, stages, warps in (
-            (128, 64, 3, 8),
-            (128, 64, 4, 8),
             (128, 64, 5, 8),
-            (128, 128, 2, 8),
             (128, 128, 3, 8),
+            (128, 128, 5, 8),
             (64, 64, 3, 4),
-            (64, 128, 2, 4),
-            (64, 128, 3, 4),
-            (128, 64, 3, 4),
-            (256, 64, 3, 8),
+            (64, 64, 5, 4),
         ):
             shape = PrefillShape(True, rows, tile, stages, warps)
 
             def figure(shape: PrefillShape = shape) -> str:
                 calls = [
-                    lambda table=table: prefill_attention_triton(  # type: ignore[misc]
-                        q, pool.k_cache, pool.v_cache, table, bounds, lens, SCALE, num_tokens, shape=shape
+                    partial(
+                        prefill_attention_triton,
+                        *(q, pool.k_cache, pool.v_cache, table, bounds, lens, SCALE, num_tokens),
+                        shape=shape,
                     )
                     for table in tables
                 ]
@@ -98,37 +104,27 @@ def tune_shared_prefix(pool: KVPool) -> None:
     prefix, suffix, batch = 4096, 128, 64
     lens = torch.full((batch,), prefix + suffix, device="cuda", dtype=torch.int32)
     prefix_lens = torch.full_like(lens, prefix)
-    starts, sizes = (torch.tensor([n], device="cuda", dtype=torch.int32) for n in (0, batch))
+    groups = (prefix_lens, *(torch.tensor([n], device="cuda", dtype=torch.int32) for n in (0, batch)))
     q = torch.randn(batch, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
     tables = pool.parts(batch, prefix + suffix)[:4]
     for table in tables:
         table[:, : prefix // 128] = table[0, : prefix // 128].clone()
     for rows, tile, stages, warps in (
         (64, 128, 3, 4),
-        (64, 64, 3, 4),
         (64, 64, 5, 4),
         (128, 64, 3, 8),
-        (128, 64, 5, 8),
-        (128, 128, 2, 8),
-        (128, 64, 3, 4),
-        (256, 64, 3, 8),
+        (128, 128, 3, 8),
     ):
         shape = LaunchShape(True, tile, stages, warps, num_sms)
 
         def figure(rows: int = rows, shape: LaunchShape = shape) -> str:
             calls = [
-                lambda table=table: shared_prefix_decode_attention_triton(  # type: ignore[misc]
-                    q,
-                    pool.k_cache,
-                    pool.v_cache,
-                    table,
-                    lens,
-                    prefix_lens,
-                    starts,
-                    sizes,
-                    SCALE,
-                    prefix_rows=rows,
-                    prefix_shape=shape,
+                partial(
+                    shared_prefix_decode_attention_triton,
+                    *(q, pool.k_cache, pool.v_cache, table, lens, *groups, SCALE),
+                    plan=plan_shared_prefix_triton(
+                        *(pool.k_cache, table, lens, *groups, HEADS), prefix_rows=rows, prefix_shape=shape
+                    ),
                 )
                 for table in tables
             ]

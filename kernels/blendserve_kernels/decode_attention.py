@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from blendserve_kernels import reference
@@ -14,6 +16,38 @@ from blendserve_kernels.argument_checks import (
     check_shape,
 )
 
+if TYPE_CHECKING:
+    from blendserve_kernels.triton_kernels.decode_attention import DecodePlan
+
+
+def _check_table(block_table: torch.Tensor, context_lens: torch.Tensor, num_requests: int) -> None:
+    check_rank("block_table", block_table, "[num_requests, max_blocks]")
+    check_shape("block_table", block_table, [num_requests, block_table.shape[1]])
+    check_shape("context_lens", context_lens, [num_requests])
+    check_dtype("block_table", block_table, torch.int32)
+    check_dtype("context_lens", context_lens, torch.int32)
+    check_inner_contiguous("block_table", block_table, 1)
+
+
+def plan_decode(
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    num_heads: int,
+    num_programs: int | None = None,
+) -> DecodePlan | None:
+    """Return the plan that every layer of a step can pass to `decode_attention`; None on the CPU, which needs none.
+
+    Arguments as there. A few microseconds on the GPU, no sync; a captured plan is made anew by every replay.
+    """
+    _check_table(block_table, context_lens, context_lens.shape[0])
+    check_same_device("k_cache", k_cache, block_table=block_table, context_lens=context_lens)
+    if not k_cache.is_cuda:
+        return None
+    from blendserve_kernels.triton_kernels.decode_attention import plan_decode_triton
+
+    return plan_decode_triton(k_cache, block_table, context_lens, num_heads, num_programs)
+
 
 def decode_attention(
     q: torch.Tensor,
@@ -23,6 +57,7 @@ def decode_attention(
     context_lens: torch.Tensor,
     scale: float,
     num_programs: int | None = None,
+    plan: DecodePlan | None = None,
 ) -> torch.Tensor:
     """Return the attention output of B single-token queries, [B, num_heads, head_dim].
 
@@ -30,17 +65,13 @@ def decode_attention(
     block_table: int32 [B, max_blocks]. context_lens: int32 [B], tokens in the cache including the one being decoded; a
     request of context 0 (a padding row of a captured batch) gives zeros. Cache content beyond a context is never used.
     num_programs: how many SMs of the GPU the kernel may take, all by default; ignored on the CPU.
+    plan: what `plan_decode` returned for this step, so that its layers share it; without one each call makes its own.
     """
     check_kv_cache(q, k_cache, v_cache)
-    check_rank("block_table", block_table, "[num_requests, max_blocks]")
-    check_shape("block_table", block_table, [q.shape[0], block_table.shape[1]])
-    check_shape("context_lens", context_lens, [q.shape[0]])
-    check_dtype("block_table", block_table, torch.int32)
-    check_dtype("context_lens", context_lens, torch.int32)
-    check_inner_contiguous("block_table", block_table, 1)
+    _check_table(block_table, context_lens, q.shape[0])
     check_same_device("q", q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, context_lens=context_lens)
     if q.is_cuda:
         from blendserve_kernels.triton_kernels.decode_attention import decode_attention_triton
 
-        return decode_attention_triton(q, k_cache, v_cache, block_table, context_lens, scale, num_programs)
+        return decode_attention_triton(q, k_cache, v_cache, block_table, context_lens, scale, num_programs, plan)
     return reference.decode_attention(q, k_cache, v_cache, block_table, context_lens, scale)

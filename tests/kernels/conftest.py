@@ -10,8 +10,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton reads this where a function is decorated: its own when triton is first imported, ours with the kernel modules.
-    # transformers imports triton, so tests collected earlier may have done so already: decorate its own functions again.
+    # Triton reads this where a function is decorated: its own when triton is first imported, ours with the kernels.
+    # transformers imports triton, so tests collected earlier may have done so: decorate its own functions again.
     os.environ["TRITON_INTERPRET"] = "1"
     if "triton.language" in sys.modules:
         importlib.reload(sys.modules["triton.language.standard"])

@@ -9,6 +9,7 @@ from blendserve_kernels import reference
 from blendserve_kernels.triton_kernels.decode_attention import (
     choose_launch_shape,
     decode_attention_triton,
+    plan_decode_triton,
     rows_of_group,
 )
 from tests.kernels.paged_requests import ATTENTION_TOLERANCE, HALF_DTYPES, make_paged_requests
@@ -34,11 +35,14 @@ def _check(
     )
     num_heads = num_kv_heads * group_size
     q = torch.randn(len(context_lens), num_heads, head_dim, device=device).to(dtype)
-    shape = choose_launch_shape(requests.k_cache, rows_of_group(num_heads, num_kv_heads), num_programs, use_tma)
-    arguments = (requests.block_table, requests.context_lens, head_dim**-0.5)
-    expected = reference.decode_attention(q.float(), requests.k_cache.float(), requests.v_cache.float(), *arguments)
+    shape = choose_launch_shape(requests.k_cache, rows_of_group(group_size), num_programs, use_tma)
+    table, lens, scale = requests.block_table, requests.context_lens, head_dim**-0.5
+    plan = plan_decode_triton(requests.k_cache, table, lens, num_heads, shape=shape)
+    expected = reference.decode_attention(
+        q.float(), requests.k_cache.float(), requests.v_cache.float(), table, lens, scale
+    )
     for _ in range(num_launches):
-        out = decode_attention_triton(q, requests.k_cache, requests.v_cache, *arguments, shape=shape)
+        out = decode_attention_triton(q, requests.k_cache, requests.v_cache, table, lens, scale, plan=plan)
         assert out.dtype == dtype
         torch.testing.assert_close(out.float(), expected, atol=ATTENTION_TOLERANCE[dtype], rtol=1e-2)
 

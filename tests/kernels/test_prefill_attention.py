@@ -62,9 +62,10 @@ def test_prefill_attention_of_chunks_over_cached_prefixes(use_tma: bool, device:
     _check([511, 97, 200, 5], [63, 33, 1, 5], num_kv_heads=1, block_size=32, shape=shape, device=device)
 
 
-def test_prefill_attention_shape_for_short_chunks_is_smaller() -> None:
-    k_cache = torch.zeros(2, 2, 16, 64, dtype=torch.bfloat16)
-    assert choose_prefill_shape(k_cache, 8, 16).rows < choose_prefill_shape(k_cache, 8, 17).rows
+def test_prefill_attention_takes_larger_tiles_for_longer_chunks() -> None:
+    k_cache = torch.zeros(2, 2, 128, 64, dtype=torch.bfloat16)
+    short, long = (choose_prefill_shape(k_cache, 8, max_seqlen_q) for max_seqlen_q in (2048, 2049))
+    assert (short.rows, short.tile) < (long.rows, long.tile)
 
 
 def test_prefill_attention_of_chunks_in_pieces_equals_the_whole(device: torch.device) -> None:

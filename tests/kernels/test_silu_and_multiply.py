@@ -13,7 +13,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("num_tokens", "intermediate"), [(1, 1536), (63, 100), (1000, 16), (2, 4099)])
+@pytest.mark.parametrize(("num_tokens", "intermediate"), [(1, 1536), (63, 100), (2, 4099)])
 def test_silu_and_multiply(num_tokens: int, intermediate: int, dtype: torch.dtype, device: torch.device) -> None:
     gate_up = (torch.randn(num_tokens, 2 * intermediate + 8, device=device) * 3).to(dtype)[:, 8:]  # rows apart
     out = silu_and_multiply_triton(gate_up)

@@ -1,17 +1,18 @@
 """Triton decode attention over the paged cache: persistent, split over KV, for plain, prefix and suffix parts alike.
 
-The work is one list of KV tiles: sequence by sequence, KV head by KV head, block of query rows by block of rows. Each
-of P programs takes an equal contiguous part of the list, whatever the context lengths, so P can be any number of SMs.
-An item (one sequence, head and block of rows) that lies within one part is finished by its program. One that is cut
-leaves its state (accumulator, maximum, sum) per program, and the last program to arrive merges the states in order.
+A plan lists the KV tiles of all sequences, item by item (one sequence, one block of query rows); it depends on the
+context lengths and block tables alone, so the layers of a step share it. The work is that list once per KV head. Each
+of P programs takes an equal contiguous part of it, whatever the context lengths, so P can be any number of SMs. An item
+that lies within one part is finished by its program. One that is cut leaves its state (accumulator, maximum, sum) per
+program, and the last program to arrive merges the states in order.
 
-A sequence is a request with its own KV (`PLAIN`), a request's KV behind a shared prefix (`SUFFIX`, merged with the
-prefix part's result at the end), or a group of requests over the prefix that they share (`PREFIX`).
+A sequence is a request with its own KV (plain), a request's KV behind a shared prefix (suffix, merged with the prefix
+part's result at the end), or a group of requests over the prefix that they share (prefix).
 """
 
 # Kernel parameters are typed by Triton, constexprs are capitals by its custom.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# ruff: noqa: N803, SIM108
+# ruff: noqa: N803, N806, SIM108
 
 from __future__ import annotations
 
@@ -24,12 +25,18 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-PLAIN = tl.constexpr(0)
-SUFFIX = tl.constexpr(1)
-PREFIX = tl.constexpr(2)
+PLAIN_PART, SUFFIX_PART, PREFIX_PART = 0, 1, 2
+_SUFFIX, _PREFIX = tl.constexpr(SUFFIX_PART), tl.constexpr(PREFIX_PART)
+
+# A tile's entry in a plan, int32 words: its place (row of the cache for descriptors, else KV token), the first query
+# row (request * GROUP_SIZE + head of the group), flags, where its item begins in the list, tiles of the item, request.
+_ENTRY_WORDS = 8
+_FLAG_FIRST = tl.constexpr(1 << 9)  # below: how many keys of the tile are valid
+_FLAG_LAST = tl.constexpr(1 << 10)
+_FLAG_PREFIX = tl.constexpr(1 << 11)
+_SHIFT_ROWS = tl.constexpr(12)  # above: how many query rows are real
 
 _MAX_PROGRAMS = 1024
-_SEGMENT = 512  # tiles that a program lists at a time
 _INTERPRETED_PROGRAMS = 5  # without a GPU: few, and no divisor of common sizes, so that items are cut
 _arrival_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
@@ -47,7 +54,7 @@ def _load_sequence(
 ):
     """Return (first request, requests, first KV token, end of KV, tiles) of one sequence or of a vector of them."""
     is_real = sequence < num_sequences
-    if PART == PREFIX:
+    if PART == _PREFIX:
         first_request = tl.load(group_starts_ptr + sequence, mask=is_real, other=0)
         num_requests = tl.load(group_sizes_ptr + sequence, mask=is_real, other=0)
         kv_begin = first_request * 0
@@ -56,7 +63,7 @@ def _load_sequence(
         first_request = sequence
         num_requests = is_real.to(tl.int32)
         kv_end = tl.load(context_lens_ptr + sequence, mask=is_real, other=0)
-        if PART == SUFFIX:
+        if PART == _SUFFIX:
             kv_begin = tl.load(prefix_lens_ptr + sequence, mask=is_real, other=0)
         else:
             kv_begin = kv_end * 0
@@ -65,25 +72,89 @@ def _load_sequence(
 
 
 @triton.jit
-def _program_of(tile, total_tiles, num_programs):
-    """Return the program whose part [total * p // P, total * (p + 1) // P) holds `tile`."""
-    return (((tile + 1).to(tl.int64) * num_programs - 1) // total_tiles).to(tl.int32)
-
-
-@triton.jit
-def _begin_of(program, total_tiles, num_programs):
-    return ((total_tiles.to(tl.int64) * program) // num_programs).to(tl.int32)
-
-
-@triton.jit
-def _row_offsets(
-    first_request, num_requests, kv_head, row_block, num_heads, GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr
+def _plan_kernel(
+    block_table_ptr,
+    context_lens_ptr,
+    prefix_lens_ptr,
+    group_starts_ptr,
+    group_sizes_ptr,
+    list_length_ptr,
+    list_ptr,
+    num_sequences,
+    num_kv_heads,
+    block_table_stride,
+    PART: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    PADDED_SEQUENCES: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Return the index request * num_heads + head of each query row of a block, int64 [ROWS], and which rows exist."""
-    row = row_block * ROWS + tl.arange(0, ROWS)
-    request = first_request + row // GROUP_SIZE
-    head = kv_head * GROUP_SIZE + row % GROUP_SIZE
-    return request.to(tl.int64) * num_heads + head, row < num_requests * GROUP_SIZE
+    """List the tiles of one sequence per program, behind those of the sequences before it."""
+    this_sequence = tl.program_id(0)
+    all_sequences = tl.arange(0, PADDED_SEQUENCES)
+    _first, all_requests, _begin, _end, all_tiles = _load_sequence(
+        all_sequences, num_sequences, context_lens_ptr, prefix_lens_ptr, group_starts_ptr, group_sizes_ptr, PART, TILE
+    )
+    all_row_blocks = tl.maximum((all_requests * GROUP_SIZE + ROWS - 1) // ROWS, 1)
+    all_entries = tl.where(all_sequences < num_sequences, all_row_blocks * all_tiles, 0)
+    tl.store(list_length_ptr, tl.sum(all_entries), mask=this_sequence == 0)
+    position = tl.sum(tl.where(all_sequences < this_sequence, all_entries, 0))
+    first_request, num_requests, kv_begin, kv_end, num_tiles = _load_sequence(
+        this_sequence, num_sequences, context_lens_ptr, prefix_lens_ptr, group_starts_ptr, group_sizes_ptr, PART, TILE
+    )
+    has_prefix = 0
+    if PART == _SUFFIX:
+        has_prefix = (kv_begin > 0).to(tl.int32)
+    num_rows = num_requests * GROUP_SIZE
+    for row_begin in tl.range(0, tl.maximum(num_rows, 1), ROWS):
+        rows_here = tl.minimum(num_rows - row_begin, ROWS)
+        for chunk_begin in tl.range(0, num_tiles, CHUNK):
+            tile = chunk_begin + tl.arange(0, CHUNK)
+            is_tile = tile < num_tiles
+            kv_token = kv_begin + tile * TILE
+            num_valid = tl.maximum(tl.minimum(kv_end - kv_token, TILE), 0)
+            place = kv_token
+            if USE_TMA:
+                entry = first_request.to(tl.int64) * block_table_stride + kv_token // BLOCK_SIZE
+                block = tl.load(block_table_ptr + entry, mask=is_tile & (num_valid > 0), other=0)
+                place = block * num_kv_heads * BLOCK_SIZE + kv_token % BLOCK_SIZE
+            flags = num_valid + has_prefix * _FLAG_PREFIX + (rows_here << _SHIFT_ROWS)
+            flags += tl.where(tile == 0, _FLAG_FIRST, 0) + tl.where(tile == num_tiles - 1, _FLAG_LAST, 0)
+            words = list_ptr + (position + tile) * 8
+            tl.store(words, place, mask=is_tile)
+            tl.store(words + 1, first_request * GROUP_SIZE + row_begin + tile * 0, mask=is_tile)
+            tl.store(words + 2, flags, mask=is_tile)
+            tl.store(words + 3, position + tile * 0, mask=is_tile)
+            tl.store(words + 4, num_tiles + tile * 0, mask=is_tile)
+            tl.store(words + 5, first_request + tile * 0, mask=is_tile)
+        position += num_tiles
+
+
+@triton.jit
+def _part_begin(program, total_tiles, num_programs):
+    """Return where the part of a program begins: the first total % P parts are longer by one."""
+    return program * (total_tiles // num_programs) + tl.minimum(program, total_tiles % num_programs)
+
+
+@triton.jit
+def _program_of(index, total_tiles, num_programs):
+    """Return the program whose part holds `index`."""
+    short = total_tiles // num_programs
+    num_long = total_tiles % num_programs
+    end_of_long = num_long * (short + 1)
+    return tl.where(index < end_of_long, index // (short + 1), num_long + (index - end_of_long) // short)
+
+
+@triton.jit
+def _query_rows(first_row, num_rows, kv_head, num_heads, GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """Return request * num_heads + head of each row of a query block, int64 [ROWS], and which rows are real."""
+    number = tl.arange(0, ROWS)
+    row = first_row + number
+    index = (row // GROUP_SIZE).to(tl.int64) * num_heads + kv_head * GROUP_SIZE + row % GROUP_SIZE
+    return index, number < num_rows
 
 
 @triton.jit
@@ -104,7 +175,7 @@ def _store_result(
     """Normalise finished rows and write them; a suffix is merged with its prefix first, a prefix leaves its lse too."""
     dims = tl.arange(0, HEAD_DIM)
     offsets = row_index[:, None] * HEAD_DIM + dims[None, :]
-    if PART == SUFFIX:
+    if PART == _SUFFIX:
         is_merged = is_row & has_prefix
         prefix_lse = tl.load(prefix_lse_ptr + row_index, mask=is_merged, other=float("-inf"))
         prefix_out = tl.load(prefix_out_ptr + offsets, mask=is_merged[:, None], other=0.0)
@@ -117,7 +188,7 @@ def _store_result(
     safe_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # no keys at all: zeros, and an lse of -inf from the maximum
     out = accumulator / safe_sum[:, None]
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
-    if PART == PREFIX:
+    if PART == _PREFIX:
         tl.store(lse_ptr + row_index, row_max + tl.log2(safe_sum), mask=is_row)
 
 
@@ -132,71 +203,6 @@ def _store_state(
     tl.store(state_ptr + rows[:, None] * HEAD_DIM + dims[None, :], accumulator, mask=is_stored[:, None])
     tl.store(extrema_ptr + rows * 2, row_max, mask=is_stored)
     tl.store(extrema_ptr + rows * 2 + 1, row_sum, mask=is_stored)
-
-
-@triton.jit
-def _arrive_and_merge(
-    item_begin,
-    item_tiles,
-    total_tiles,
-    num_programs,
-    row_index,
-    is_row,
-    has_prefix,
-    counters_ptr,
-    state_ptr,
-    extrema_ptr,
-    out_ptr,
-    lse_ptr,
-    prefix_out_ptr,
-    prefix_lse_ptr,
-    PART: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Count this program in at a cut item; the last one to come merges all states in the order of the programs."""
-    first_program = _program_of(item_begin, total_tiles, num_programs)
-    last_program = _program_of(item_begin + item_tiles - 1, total_tiles, num_programs)
-    num_arrived = tl.atomic_add(counters_ptr + first_program, 1, sem="acq_rel", scope="gpu")
-    if num_arrived == last_program - first_program:
-        tl.store(counters_ptr + first_program, 0)  # ready for the next launch
-        dims = tl.arange(0, HEAD_DIM)
-        accumulator = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
-        row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-        row_sum = tl.zeros([ROWS], dtype=tl.float32)
-        for program in tl.range(first_program, last_program + 1, num_stages=1):
-            is_begun_here = item_begin >= _begin_of(program, total_tiles, num_programs)
-            rows = (program * 2 + is_begun_here.to(tl.int32)) * ROWS + tl.arange(0, ROWS)
-            part_max = tl.load(extrema_ptr + rows * 2, cache_modifier=".cg")
-            part_sum = tl.load(extrema_ptr + rows * 2 + 1, cache_modifier=".cg")
-            part = tl.load(state_ptr + rows[:, None] * HEAD_DIM + dims[None, :], cache_modifier=".cg")
-            new_max = tl.maximum(row_max, part_max)
-            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-            old_weight = tl.exp2(row_max - safe_max)
-            part_weight = tl.exp2(part_max - safe_max)
-            accumulator = accumulator * old_weight[:, None] + part * part_weight[:, None]
-            row_sum = row_sum * old_weight + part_sum * part_weight
-            row_max = new_max
-        _store_result(
-            accumulator,
-            row_max,
-            row_sum,
-            row_index,
-            is_row,
-            has_prefix,
-            out_ptr,
-            lse_ptr,
-            prefix_out_ptr,
-            prefix_lse_ptr,
-            PART,
-            HEAD_DIM,
-        )
-
-
-@triton.jit
-def _block_of(block_table_ptr, block_table_stride, request, kv_token, is_wanted, BLOCK_SIZE: tl.constexpr):
-    entry = request.to(tl.int64) * block_table_stride + kv_token // BLOCK_SIZE
-    return tl.load(block_table_ptr + entry, mask=is_wanted, other=0)
 
 
 @triton.jit
@@ -235,6 +241,39 @@ def _finite(v, IS_COMPILED: tl.constexpr):
 
 
 @triton.jit
+def _merge_states(
+    item_begin,
+    first_program,
+    last_program,
+    total_tiles,
+    num_programs,
+    state_ptr,
+    extrema_ptr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Merge the states that programs left of an item, in the order of the programs."""
+    dims = tl.arange(0, HEAD_DIM)
+    accumulator = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([ROWS], dtype=tl.float32)
+    for program in tl.range(first_program, last_program + 1):
+        is_begun_here = item_begin >= _part_begin(program, total_tiles, num_programs)
+        rows = (program * 2 + is_begun_here.to(tl.int32)) * ROWS + tl.arange(0, ROWS)
+        part_max = tl.load(extrema_ptr + rows * 2, cache_modifier=".cg")
+        part_sum = tl.load(extrema_ptr + rows * 2 + 1, cache_modifier=".cg")
+        part = tl.load(state_ptr + rows[:, None] * HEAD_DIM + dims[None, :], cache_modifier=".cg")
+        new_max = tl.maximum(row_max, part_max)
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        old_weight = tl.exp2(row_max - safe_max)
+        part_weight = tl.exp2(part_max - safe_max)
+        accumulator = accumulator * old_weight[:, None] + part * part_weight[:, None]
+        row_sum = row_sum * old_weight + part_sum * part_weight
+        row_max = new_max
+    return accumulator, row_max, row_sum
+
+
+@triton.jit
 def _attend_to_tile(
     q,
     k,
@@ -243,13 +282,17 @@ def _attend_to_tile(
     scale_log2e,
     accumulator,
     row_max,
-    row_sum,
+    weight_sums,
     TILE: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
     MAY_HOLD_NAN: tl.constexpr,
     IS_COMPILED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add one tile of keys and values, [TILE, HEAD_DIM], to the running softmax of the query rows."""
+    """Add one tile of keys and values, [TILE, HEAD_DIM], to the running softmax of the query rows.
+
+    The sums of the weights may stay apart by key column, [ROWS, TILE], until the item ends: one reduction less a tile.
+    """
     is_valid = tl.arange(0, TILE) < num_valid
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2e
     scores = tl.where(is_valid[None, :], scores, float("-inf"))
@@ -260,111 +303,9 @@ def _attend_to_tile(
     if MAY_HOLD_NAN:
         v = _finite(v, IS_COMPILED)
     accumulator = tl.dot(weights.to(v.dtype), v, accumulator * decay[:, None], input_precision=PRECISION)
-    return accumulator, new_max, row_sum * decay + tl.sum(weights, axis=1)
-
-
-@triton.jit
-def _tile_at(
-    index,
-    sequence,
-    work_begins_ptr,
-    num_sequences,
-    num_kv_heads,
-    context_lens_ptr,
-    prefix_lens_ptr,
-    group_starts_ptr,
-    group_sizes_ptr,
-    PART: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Return what stands at `index` of the list of work, which belongs to `sequence`.
-
-    (first request, requests, first KV token, end of KV, tiles of the item, KV head, block of rows, tile within the item)
-    """
-    first_request, num_requests, kv_begin, kv_end, num_tiles = _load_sequence(
-        sequence, num_sequences, context_lens_ptr, prefix_lens_ptr, group_starts_ptr, group_sizes_ptr, PART, TILE
-    )
-    position = index - tl.load(work_begins_ptr + sequence)
-    item = position // num_tiles
-    tile = position - item * num_tiles
-    if PART == PREFIX:
-        row_blocks = tl.maximum((num_requests * GROUP_SIZE + ROWS - 1) // ROWS, 1)
-        kv_head = item // row_blocks
-        row_block = item - kv_head * row_blocks
-    else:
-        kv_head = item
-        row_block = item * 0
-    return first_request, num_requests, kv_begin, kv_end, num_tiles, kv_head, row_block, tile
-
-
-@triton.jit
-def _list_tiles(
-    begin,
-    list_ptr,
-    SEQUENCES_LOG2: tl.constexpr,
-    work_begins_ptr,
-    num_sequences,
-    num_kv_heads,
-    block_table_ptr,
-    block_table_stride,
-    context_lens_ptr,
-    prefix_lens_ptr,
-    group_starts_ptr,
-    group_sizes_ptr,
-    PART: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    USE_TMA: tl.constexpr,
-):
-    """Write down the SEGMENT tiles from `begin` on, eight words each, so that the loop over them only reads.
-
-    Words: row of the cache (USE_TMA) or KV token, first request, KV head, block of rows, keys that are valid, tile within
-    the item, tiles behind it in the item, requests (PREFIX) or whether a prefix is to be merged (SUFFIX).
-    """
-    index = begin + tl.arange(0, SEGMENT)
-    # The last sequence that begins at or before the index. Entries behind num_sequences repeat the total.
-    sequence = tl.zeros([SEGMENT], dtype=tl.int32)
-    for bit in tl.static_range(SEQUENCES_LOG2 - 1, -1, -1):
-        candidate = sequence + (1 << bit)
-        sequence = tl.where(tl.load(work_begins_ptr + candidate) <= index, candidate, sequence)
-    first_request, num_requests, kv_begin, kv_end, num_tiles, kv_head, row_block, tile = _tile_at(
-        index,
-        sequence,
-        work_begins_ptr,
-        num_sequences,
-        num_kv_heads,
-        context_lens_ptr,
-        prefix_lens_ptr,
-        group_starts_ptr,
-        group_sizes_ptr,
-        PART,
-        GROUP_SIZE,
-        ROWS,
-        TILE,
-    )
-    kv_token = kv_begin + tile * TILE
-    place = kv_token
-    if USE_TMA:
-        is_real = (sequence < num_sequences) & (kv_token < kv_end)
-        block = _block_of(block_table_ptr, block_table_stride, first_request, kv_token, is_real, BLOCK_SIZE)
-        place = (block * num_kv_heads + kv_head) * BLOCK_SIZE + kv_token % BLOCK_SIZE
-    entry = list_ptr + tl.arange(0, SEGMENT) * 8
-    tl.store(entry, place)
-    tl.store(entry + 1, first_request)
-    tl.store(entry + 2, kv_head)
-    tl.store(entry + 3, row_block)
-    tl.store(entry + 4, kv_end - kv_token)
-    tl.store(entry + 5, tile)
-    tl.store(entry + 6, num_tiles - 1 - tile)
-    if PART == PREFIX:
-        tl.store(entry + 7, num_requests)
-    else:
-        tl.store(entry + 7, (kv_begin > 0).to(tl.int32))
+    if SUM_COLUMNS == 1:
+        weights = tl.sum(weights, axis=1)[:, None]
+    return accumulator, new_max, weight_sums * decay[:, None] + weights
 
 
 @triton.jit
@@ -373,20 +314,15 @@ def _paged_attention_kernel(
     k_cache,
     v_cache,
     block_table_ptr,
-    context_lens_ptr,
-    prefix_lens_ptr,
-    group_starts_ptr,
-    group_sizes_ptr,
+    list_length_ptr,
+    list_ptr,
     out_ptr,
     lse_ptr,
     prefix_out_ptr,
     prefix_lse_ptr,
     state_ptr,
     extrema_ptr,
-    work_begins_ptr,
-    list_ptr,
     counters_ptr,
-    num_sequences,
     num_kv_heads,
     q_stride,
     block_table_stride,
@@ -397,105 +333,64 @@ def _paged_attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
-    SEQUENCES_LOG2: tl.constexpr,
-    SEGMENT: tl.constexpr,
     USE_TMA: tl.constexpr,
     IS_COMPILED: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    # 1. The list of work: how long is it, and which part of it is this program's?
-    all_sequences = tl.arange(0, 1 << SEQUENCES_LOG2)
-    all_first, all_requests, all_kv_begins, all_kv_ends, all_tiles = _load_sequence(
-        all_sequences, num_sequences, context_lens_ptr, prefix_lens_ptr, group_starts_ptr, group_sizes_ptr, PART, TILE
-    )
-    all_items = num_kv_heads * tl.maximum((all_requests * GROUP_SIZE + ROWS - 1) // ROWS, 1)
-    all_work = tl.where(all_sequences < num_sequences, all_items * all_tiles, 0)
-    all_ends = tl.cumsum(all_work)
-    total_tiles = tl.sum(all_work)
+    # 1. Which part of the work is this program's?
+    list_length = tl.load(list_length_ptr)
+    total_tiles = list_length * num_kv_heads
     num_programs = tl.minimum(tl.num_programs(0), total_tiles)  # so that every part holds a tile
     program = tl.program_id(0)
     if program >= num_programs:
         return
-    part_begin = _begin_of(program, total_tiles, num_programs)
-    part_end = _begin_of(program + 1, total_tiles, num_programs)
-    # Every program leaves the same numbers here and reads back its own.
-    tl.store(work_begins_ptr + all_sequences + 1, all_ends)
-    tl.store(work_begins_ptr, 0)
-    tl.debug_barrier()
-    first_sequence = tl.sum((all_ends <= part_begin).to(tl.int32))
-    last_sequence = tl.sum((all_ends <= part_end - 1).to(tl.int32))
+    part_begin = _part_begin(program, total_tiles, num_programs)
+    part_end = _part_begin(program + 1, total_tiles, num_programs)
     num_heads = num_kv_heads * GROUP_SIZE
     dims = tl.arange(0, HEAD_DIM)
 
-    # 2. The tiles, across items. The compiler lets loads run ahead where the loop's index alone says their addresses,
-    # not where these follow from what an earlier iteration computed: so the list is written out.
+    # 2. The tiles, across items. Within the inner loop all addresses follow from the list, so loads can run ahead.
     accumulator = tl.zeros([ROWS, HEAD_DIM], dtype=tl.float32)
     row_max = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([ROWS], dtype=tl.float32)
-    list_ptr += program * SEGMENT * 8
-    for segment_begin in tl.range(part_begin, part_end, SEGMENT, num_stages=1):
-        tl.debug_barrier()  # nobody still reads the last segment's list
-        _list_tiles(
-            segment_begin,
-            list_ptr,
-            SEQUENCES_LOG2,
-            work_begins_ptr,
-            num_sequences,
-            num_kv_heads,
-            block_table_ptr,
-            block_table_stride,
-            context_lens_ptr,
-            prefix_lens_ptr,
-            group_starts_ptr,
-            group_sizes_ptr,
-            PART,
-            GROUP_SIZE,
-            ROWS,
-            BLOCK_SIZE,
-            TILE,
-            SEGMENT,
-            USE_TMA,
-        )
-        tl.debug_barrier()
-        segment_tiles = tl.minimum(part_end - segment_begin, SEGMENT)
-        for number in tl.range(0, segment_tiles, num_stages=NUM_STAGES):
-            entry = list_ptr + number * 8
-            place = tl.load(entry)
-            first_request = tl.load(entry + 1)
-            kv_head = tl.load(entry + 2)
-            num_valid = tl.load(entry + 4)
-            tile = tl.load(entry + 5)
-            if PART == PREFIX:
-                row_block = tl.load(entry + 3)
-                num_requests = tl.load(entry + 7)
-            else:
-                row_block = 0
-                num_requests = 1
-            row = row_block * ROWS + tl.arange(0, ROWS)
-            is_row = row < num_requests * GROUP_SIZE
-            q_begin = first_request.to(tl.int64) * q_stride + kv_head * GROUP_SIZE * HEAD_DIM
-            q_offsets = (row // GROUP_SIZE) * q_stride + (row % GROUP_SIZE) * HEAD_DIM
-            q = tl.load(q_ptr + q_begin + q_offsets[:, None] + dims[None, :], mask=is_row[:, None], other=0.0)
+    SUM_COLUMNS: tl.constexpr = TILE if ROWS <= 32 else 1  # large blocks have no registers to spare
+    weight_sums = tl.zeros([ROWS, SUM_COLUMNS], dtype=tl.float32)
+    for kv_head in tl.range(part_begin // list_length, (part_end - 1) // list_length + 1, num_stages=1):
+        head_begin = kv_head * list_length
+        first_entry = tl.maximum(part_begin - head_begin, 0)
+        end_entry = tl.minimum(part_end - head_begin, list_length)
+        for entry in tl.range(first_entry, end_entry, num_stages=NUM_STAGES):
+            words = list_ptr + entry * 8
+            place = tl.load(words)
+            first_row = tl.load(words + 1)
+            flags = tl.load(words + 2)
+            num_valid = flags & (_FLAG_FIRST - 1)
+            row = first_row + tl.arange(0, ROWS)
+            q_offsets = (row // GROUP_SIZE).to(tl.int64) * q_stride + (
+                kv_head * GROUP_SIZE + row % GROUP_SIZE
+            ) * HEAD_DIM
+            is_row = tl.arange(0, ROWS) < (flags >> _SHIFT_ROWS)
+            q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], mask=is_row[:, None], other=0.0)
             if USE_TMA:
-                k = k_cache.load([place, 0])
-                v = v_cache.load([place, 0])
+                k = k_cache.load([place + kv_head * BLOCK_SIZE, 0])
+                v = v_cache.load([place + kv_head * BLOCK_SIZE, 0])
             else:
                 offsets = tl.arange(0, TILE)
                 is_token = offsets < num_valid
                 tokens = place + offsets
-                blocks = _block_of(block_table_ptr, block_table_stride, first_request, tokens, is_token, BLOCK_SIZE)
-                cache_rows = (blocks.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_SIZE + tokens % BLOCK_SIZE
+                table_row = block_table_ptr + tl.load(words + 5).to(tl.int64) * block_table_stride
+                blocks = tl.load(table_row + tokens // BLOCK_SIZE, mask=is_token, other=0).to(tl.int64)
+                cache_rows = (blocks * num_kv_heads + kv_head) * BLOCK_SIZE + tokens % BLOCK_SIZE
                 cache_offsets = cache_rows[:, None] * HEAD_DIM + dims[None, :]
                 k = tl.load(k_cache + cache_offsets, mask=is_token[:, None], other=0.0)
                 v = tl.load(v_cache + cache_offsets, mask=is_token[:, None], other=0.0)
 
-            is_item_begin = tile == 0
-            accumulator = tl.where(is_item_begin, 0.0, accumulator)
-            row_max = tl.where(is_item_begin, float("-inf"), row_max)
-            row_sum = tl.where(is_item_begin, 0.0, row_sum)
+            is_first = (flags & _FLAG_FIRST) != 0
+            accumulator = tl.where(is_first, 0.0, accumulator)
+            row_max = tl.where(is_first, float("-inf"), row_max)
+            weight_sums = tl.where(is_first, 0.0, weight_sums)
             # Masked loads fill up with zeros, and a prefix ends with a block: only a descriptor's tile reaches beyond.
-            accumulator, row_max, row_sum = _attend_to_tile(
+            accumulator, row_max, weight_sums = _attend_to_tile(
                 q,
                 k,
                 v,
@@ -503,25 +398,24 @@ def _paged_attention_kernel(
                 scale_log2e,
                 accumulator,
                 row_max,
-                row_sum,
+                weight_sums,
                 TILE,
-                USE_TMA and PART != PREFIX,
+                SUM_COLUMNS,
+                USE_TMA and PART != _PREFIX,
                 IS_COMPILED,
                 PRECISION,
             )
-            if tl.load(entry + 6) == 0:
-                is_whole = segment_begin + number - tile >= part_begin
-                has_prefix = tl.load(entry + 7) > 0
-                rows, is_row = _row_offsets(
-                    first_request, num_requests, kv_head, row_block, num_heads, GROUP_SIZE, ROWS
-                )
+            if (flags & _FLAG_LAST) != 0:
+                is_whole = head_begin + tl.load(words + 3) >= part_begin
+                rows, is_row = _query_rows(first_row, flags >> _SHIFT_ROWS, kv_head, num_heads, GROUP_SIZE, ROWS)
+                row_sum = tl.sum(weight_sums, axis=1)
                 _store_result(
                     accumulator,
                     row_max,
                     row_sum,
                     rows,
                     is_row & is_whole,
-                    has_prefix,
+                    (flags & _FLAG_PREFIX) != 0,
                     out_ptr,
                     lse_ptr,
                     prefix_out_ptr,
@@ -533,87 +427,67 @@ def _paged_attention_kernel(
                     accumulator, row_max, row_sum, program * 2, is_whole == 0, state_ptr, extrema_ptr, ROWS, HEAD_DIM
                 )
 
-    # 3. Items that other programs share: the first of this part (begun earlier) and the last (ended later).
-    first_request, num_requests, kv_begin, kv_end, num_tiles, kv_head, row_block, tile = _tile_at(
-        part_end - 1,
-        last_sequence,
-        work_begins_ptr,
-        num_sequences,
-        num_kv_heads,
-        context_lens_ptr,
-        prefix_lens_ptr,
-        group_starts_ptr,
-        group_sizes_ptr,
-        PART,
-        GROUP_SIZE,
-        ROWS,
-        TILE,
-    )
-    tail_begin = part_end - 1 - tile
-    is_tail_cut = tile + 1 < num_tiles
+    # 3. Items that other programs share: number 0 begun before this part, number 1 ending behind it.
+    head_kv_head = part_begin // list_length
+    head_words = list_ptr + (part_begin - head_kv_head * list_length) * 8
+    head_begin = head_kv_head * list_length + tl.load(head_words + 3)
+    head_end = head_begin + tl.load(head_words + 4)
+    tail_kv_head = (part_end - 1) // list_length
+    tail_words = list_ptr + (part_end - 1 - tail_kv_head * list_length) * 8
+    tail_begin = tail_kv_head * list_length + tl.load(tail_words + 3)
+    tail_end = tail_begin + tl.load(tail_words + 4)
+    is_tail_cut = tail_end > part_end
+    is_head_cut = (head_begin < part_begin) & ((is_tail_cut == 0) | (head_begin != tail_begin))
     if is_tail_cut:
         slot = program * 2 + (tail_begin >= part_begin).to(tl.int32)
+        row_sum = tl.sum(weight_sums, axis=1)
         _store_state(accumulator, row_max, row_sum, slot, True, state_ptr, extrema_ptr, ROWS, HEAD_DIM)
-    tl.debug_barrier()  # all threads' states are written before one thread announces them
-    if is_tail_cut:
-        rows, is_row = _row_offsets(first_request, num_requests, kv_head, row_block, num_heads, GROUP_SIZE, ROWS)
-        _arrive_and_merge(
-            tail_begin,
-            num_tiles,
-            total_tiles,
-            num_programs,
-            rows,
-            is_row,
-            kv_begin > 0,
-            counters_ptr,
-            state_ptr,
-            extrema_ptr,
-            out_ptr,
-            lse_ptr,
-            prefix_out_ptr,
-            prefix_lse_ptr,
-            PART,
-            ROWS,
-            HEAD_DIM,
-        )
-    first_request, num_requests, kv_begin, kv_end, num_tiles, kv_head, row_block, tile = _tile_at(
-        part_begin,
-        first_sequence,
-        work_begins_ptr,
-        num_sequences,
-        num_kv_heads,
-        context_lens_ptr,
-        prefix_lens_ptr,
-        group_starts_ptr,
-        group_sizes_ptr,
-        PART,
-        GROUP_SIZE,
-        ROWS,
-        TILE,
-    )
-    head_begin = part_begin - tile
-    is_same_item = is_tail_cut & (head_begin == tail_begin)
-    if (tile > 0) & (is_same_item == 0):
-        rows, is_row = _row_offsets(first_request, num_requests, kv_head, row_block, num_heads, GROUP_SIZE, ROWS)
-        _arrive_and_merge(
-            head_begin,
-            num_tiles,
-            total_tiles,
-            num_programs,
-            rows,
-            is_row,
-            kv_begin > 0,
-            counters_ptr,
-            state_ptr,
-            extrema_ptr,
-            out_ptr,
-            lse_ptr,
-            prefix_out_ptr,
-            prefix_lse_ptr,
-            PART,
-            ROWS,
-            HEAD_DIM,
-        )
+    if is_head_cut | is_tail_cut:
+        number = tl.arange(0, 2)
+        is_cut = ((number == 0) & is_head_cut) | ((number == 1) & is_tail_cut)
+        item_begin = tl.where(number == 0, head_begin, tail_begin)
+        item_end = tl.where(number == 0, head_end, tail_end)
+        first_program = _program_of(item_begin, total_tiles, num_programs)
+        last_program = _program_of(item_end - 1, total_tiles, num_programs)
+        tl.debug_barrier()  # all threads' states are written before they are announced
+        num_arrived = tl.atomic_add(counters_ptr + first_program, 1, mask=is_cut, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+        is_merged = is_cut & (num_arrived == last_program - first_program)
+        tl.store(counters_ptr + first_program, 0, mask=is_merged)  # ready for the next launch
+        for item in tl.static_range(2):
+            is_this = is_merged & (number == item)
+            if tl.sum(is_this.to(tl.int32)) > 0:
+                words = head_words if item == 0 else tail_words
+                kv_head = head_kv_head if item == 0 else tail_kv_head
+                flags = tl.load(words + 2)
+                merged, merged_max, merged_sum = _merge_states(
+                    head_begin if item == 0 else tail_begin,
+                    tl.sum(tl.where(is_this, first_program, 0)),
+                    tl.sum(tl.where(is_this, last_program, 0)),
+                    total_tiles,
+                    num_programs,
+                    state_ptr,
+                    extrema_ptr,
+                    ROWS,
+                    HEAD_DIM,
+                )
+                rows, is_row = _query_rows(
+                    tl.load(words + 1), flags >> _SHIFT_ROWS, kv_head, num_heads, GROUP_SIZE, ROWS
+                )
+                _store_result(
+                    merged,
+                    merged_max,
+                    merged_sum,
+                    rows,
+                    is_row,
+                    (flags & _FLAG_PREFIX) != 0,
+                    out_ptr,
+                    lse_ptr,
+                    prefix_out_ptr,
+                    prefix_lse_ptr,
+                    PART,
+                    HEAD_DIM,
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -637,18 +511,27 @@ def device_limits(device: torch.device) -> tuple[int, int, bool]:
     return properties.multi_processor_count, shared_memory, properties.major >= 9
 
 
+def check_head_dim(head_dim: int) -> None:
+    """Raise ValueError unless the attention kernels have tiles for heads of this size."""
+    if head_dim not in (16, 32, 64, 128, 256):
+        raise ValueError(f"Invalid shape of k_cache: expected head_dim 16, 32, 64, 128 or 256, got {head_dim}")
+
+
 def choose_launch_shape(
     k_cache: torch.Tensor,
     rows: int,
     num_programs: int | None = None,
     use_tma: bool | None = None,
-    is_prefix: bool = False,
 ) -> LaunchShape:
     """Choose tile, stages and warps for a cache: as many bytes in flight as shared memory holds."""
+    check_head_dim(k_cache.shape[3])
+    if num_programs is not None and not 1 <= num_programs <= _MAX_PROGRAMS:
+        raise ValueError(f"Invalid num_programs: expected 1 to {_MAX_PROGRAMS}, got {num_programs}")
     num_sms, shared_memory, has_tma = device_limits(k_cache.device)
     num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
     key_bytes = head_dim * k_cache.element_size()
-    widest_tile = max(16, 32768 // key_bytes)
+    is_wide = rows >= 64 and k_cache.element_size() == 2  # wide enough for a warp group's matrix instruction
+    widest_tile = max(16, 16384 // key_bytes if is_wide else 32768 // key_bytes)
     tile = min(128, block_size, widest_tile)
     can_use_tma = (
         has_tma
@@ -663,15 +546,17 @@ def choose_launch_shape(
         raise ValueError(f"Invalid shape of k_cache: tensor descriptors can't tile {list(k_cache.shape)}")
     if not use_tma:
         tile = min(64, widest_tile)
-    # Loads of loads take two stages for each tile in flight: work list or block table, then the tile.
-    bytes_in_flight = (2 * tile + rows) * key_bytes
-    depth = max(1, min(4, (shared_memory - 4 * rows * head_dim - 2048) // bytes_in_flight))
-    num_stages = 2 * depth - 1 if is_prefix else 2 * depth + 1 if use_tma else 2 * depth + 2
-    return LaunchShape(use_tma, tile, num_stages, 4 if use_tma else 8, num_programs or num_sms)
+    # As many tiles in flight as shared memory holds. Loads of loads take two stages for each (the list, then the tile),
+    # three with a block table between; the warp group's instruction reads shared memory itself and keeps one tile more.
+    tile_bytes = (2 * tile + rows) * key_bytes
+    tiles_in_flight = max(1, min(3, (shared_memory - 4 * rows * head_dim - 4096) // tile_bytes))
+    num_stages = (2 if use_tma else 3) * tiles_in_flight + (-1 if is_wide else 1)
+    num_warps = 4 if is_wide and use_tma else 8
+    return LaunchShape(use_tma, tile, num_stages, num_warps, num_programs or num_sms)
 
 
 def _arrival_counters_of(device: torch.device) -> torch.Tensor:
-    """Return the zeroed counters of the current stream; the kernel leaves them zeroed. They live as long as the process.
+    """Return the zeroed counters of the current stream, which live as long as the process; kernels leave them zeroed.
 
     Launches that may run at the same time need counters of their own, hence one set per stream.
     """
@@ -681,76 +566,115 @@ def _arrival_counters_of(device: torch.device) -> torch.Tensor:
     return _arrival_counters[device, stream]
 
 
-def launch_paged_attention(
-    q: torch.Tensor,
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """The list of KV tiles of one part, made by `make_plan`, and how to launch over it.
+
+    Valid for the block table, context lengths and cache shape that it was made from, whatever the layer.
+    """
+
+    part: int
+    rows: int
+    shape: LaunchShape
+    tile_list: torch.Tensor  # int32 [max_entries, 8]
+    list_length: torch.Tensor  # int32 [1], on the device: no host knows it
+
+
+def make_plan(
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
     block_table: torch.Tensor,
     context_lens: torch.Tensor,
-    scale: float,
+    group_size: int,
     *,
-    part: tl.constexpr,
-    out: torch.Tensor,
-    shape: LaunchShape,
+    part: int,
     rows: int,
+    shape: LaunchShape,
     prefix_lens: torch.Tensor | None = None,
     groups: tuple[torch.Tensor, torch.Tensor] | None = None,
-    prefix_result: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> None:
-    """Run the kernel for one part and write `out`.
-
-    groups: (group_starts, group_sizes), the sequences of a PREFIX part. prefix_result: (out float32 [B, num_heads, D],
-    lse float32 [B, num_heads], base 2), written by a PREFIX part (which has it as `out`) and read by a SUFFIX part.
-    """
-    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
-    if head_dim not in (16, 32, 64, 128, 256):
-        raise ValueError(f"Invalid shape of k_cache: expected head_dim 16, 32, 64, 128 or 256, got {head_dim}")
-    if not 1 <= shape.num_programs <= _MAX_PROGRAMS:
-        raise ValueError(f"Invalid num_programs: expected 1 to {_MAX_PROGRAMS}, got {shape.num_programs}")
-    num_sequences = q.shape[0] if groups is None else groups[0].shape[0]
+) -> DecodePlan:
+    """List the tiles of a part on the device; groups: (group_starts, group_sizes), the sequences of a prefix part."""
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    num_requests = context_lens.shape[0]
+    num_sequences = num_requests if groups is None else groups[0].shape[0]
     group_starts, group_sizes = groups or (context_lens, context_lens)
-    prefix_out, prefix_lse = prefix_result or (out, out)
-    num_slots = 2 * shape.num_programs
-    state = torch.empty(num_slots * rows, head_dim, dtype=torch.float32, device=q.device)
-    extrema = torch.empty(num_slots * rows, 2, dtype=torch.float32, device=q.device)
-    sequences_log2 = max(4, (num_sequences - 1).bit_length())
-    work_begins = torch.empty((1 << sequences_log2) + 1, dtype=torch.int32, device=q.device)
-    tile_list = torch.empty(shape.num_programs, _SEGMENT, 8, dtype=torch.int32, device=q.device)
-    caches: list[object] = [k_cache, v_cache]
-    if shape.use_tma:
-        caches = [
-            TensorDescriptor.from_tensor(c.view(-1, head_dim), [shape.tile, head_dim]) for c in (k_cache, v_cache)
-        ]
-    _paged_attention_kernel[(shape.num_programs,)](
-        q,
-        *caches,
+    max_row_blocks = num_sequences if groups is None else num_requests * group_size // rows + num_sequences
+    max_entries = max_row_blocks * max(1, triton.cdiv(block_table.shape[1] * block_size, shape.tile))
+    tile_list = torch.empty(max_entries, _ENTRY_WORDS, dtype=torch.int32, device=k_cache.device)
+    list_length = torch.empty(1, dtype=torch.int32, device=k_cache.device)
+    _plan_kernel[(num_sequences,)](
         block_table,
         context_lens,
         context_lens if prefix_lens is None else prefix_lens,
         group_starts,
         group_sizes,
+        list_length,
+        tile_list,
+        num_sequences,
+        num_kv_heads,
+        block_table.stride(0),
+        PART=part,
+        GROUP_SIZE=group_size,
+        BLOCK_SIZE=block_size,
+        TILE=shape.tile,
+        ROWS=rows,
+        PADDED_SEQUENCES=max(16, triton.next_power_of_2(num_sequences)),
+        USE_TMA=shape.use_tma,
+        CHUNK=128,
+        num_warps=4,
+    )
+    return DecodePlan(part, rows, shape, tile_list, list_length)
+
+
+def launch_paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    scale: float,
+    plan: DecodePlan,
+    out: torch.Tensor,
+    prefix_result: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """Run the kernel over a plan and write `out`.
+
+    prefix_result: (out float32 [B, num_heads, D], lse float32 [B, num_heads], base 2), written by a prefix part (which
+    has the first as `out`) and read by a suffix part.
+    """
+    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
+    shape, rows = plan.shape, plan.rows
+    prefix_out, prefix_lse = prefix_result or (out, out)
+    num_state_rows = 2 * shape.num_programs * rows
+    state = torch.empty(num_state_rows, head_dim, dtype=torch.float32, device=q.device)
+    extrema = torch.empty(num_state_rows, 2, dtype=torch.float32, device=q.device)
+    caches: list[object] = [k_cache, v_cache]
+    if shape.use_tma:
+        caches = [
+            TensorDescriptor.from_tensor(cache.view(-1, head_dim), [shape.tile, head_dim])
+            for cache in (k_cache, v_cache)
+        ]
+    _paged_attention_kernel[(shape.num_programs,)](
+        q,
+        *caches,
+        block_table,
+        plan.list_length,
+        plan.tile_list,
         out,
         prefix_lse,
         prefix_out,
         prefix_lse,
         state,
         extrema,
-        work_begins,
-        tile_list,
         _arrival_counters_of(q.device),
-        num_sequences,
         num_kv_heads,
         q.stride(0),
         block_table.stride(0),
         scale / math.log(2),
-        PART=part,
+        PART=plan.part,
         GROUP_SIZE=q.shape[1] // num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         TILE=shape.tile,
         ROWS=rows,
-        SEQUENCES_LOG2=sequences_log2,
-        SEGMENT=_SEGMENT,
         USE_TMA=shape.use_tma,
         IS_COMPILED=q.is_cuda,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
@@ -759,9 +683,24 @@ def launch_paged_attention(
     )
 
 
-def rows_of_group(num_heads: int, num_kv_heads: int) -> int:
+def rows_of_group(group_size: int) -> int:
     """Return the rows of a query tile that holds the heads of one request over one KV head; tensor cores take 16."""
-    return max(16, int(triton.next_power_of_2(num_heads // num_kv_heads)))
+    return max(16, int(triton.next_power_of_2(group_size)))
+
+
+def plan_decode_triton(
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    num_heads: int,
+    num_programs: int | None = None,
+    shape: LaunchShape | None = None,
+) -> DecodePlan:
+    """Launch `decode_attention.plan_decode`; arguments as there, unchecked."""
+    group_size = num_heads // k_cache.shape[1]
+    rows = rows_of_group(group_size)
+    shape = shape or choose_launch_shape(k_cache, rows, num_programs)
+    return make_plan(k_cache, block_table, context_lens, group_size, part=PLAIN_PART, rows=rows, shape=shape)
 
 
 def decode_attention_triton(
@@ -772,15 +711,13 @@ def decode_attention_triton(
     context_lens: torch.Tensor,
     scale: float,
     num_programs: int | None = None,
-    shape: LaunchShape | None = None,
+    plan: DecodePlan | None = None,
 ) -> torch.Tensor:
     """Launch `decode_attention.decode_attention`; arguments as there, unchecked. No host sync: safe to capture."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    rows = rows_of_group(q.shape[1], k_cache.shape[1])
-    shape = shape or choose_launch_shape(k_cache, rows, num_programs)
-    launch_paged_attention(
-        q, k_cache, v_cache, block_table, context_lens, scale, part=PLAIN, out=out, shape=shape, rows=rows
-    )
+    if plan is None:
+        plan = plan_decode_triton(k_cache, block_table, context_lens, q.shape[1], num_programs)
+    launch_paged_attention(q, k_cache, v_cache, block_table, scale, plan, out)
     return out

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from blendserve_kernels.triton_kernels.decode_attention import device_limits
+from blendserve_kernels.triton_kernels.decode_attention import check_head_dim, device_limits
 
 
 @triton.jit
@@ -127,6 +127,10 @@ def _prefill_attention_kernel(
     q_rows = (q_begin + row_token).to(tl.int64)
     q_offsets = q_rows * q_stride + row_head * HEAD_DIM
     q = tl.load(q_ptr + q_offsets[:, None] + dims[None, :], mask=is_row[:, None], other=0.0)
+    # An exact halving, made up for by the scale: what is computed, not loaded, stays in registers, and the tensor
+    # cores then fetch only the keys from shared memory, not the queries over and over.
+    q = (q * 0.5).to(q_ptr.dtype.element_ty)
+    scale_log2e *= 2.0
     row_positions = context_len - q_len + row_token
 
     # 3. First the tiles that all rows see in full, then the masked ones.
@@ -189,6 +193,9 @@ def _prefill_attention_kernel(
     tl.store(out_ptr + out_offsets[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
+_SHORT_CHUNK_ROWS = 8192  # query rows per KV head
+
+
 @dataclass(frozen=True, slots=True)
 class PrefillShape:
     """How a launch tiles its work: chosen by `choose_prefill_shape`, or by a benchmark that tries others."""
@@ -201,23 +208,28 @@ class PrefillShape:
 
 
 def choose_prefill_shape(k_cache: torch.Tensor, num_heads: int, max_seqlen_q: int) -> PrefillShape:
-    """Choose the tiles for a cache and the longest chunk."""
-    _, _, has_tma = device_limits(k_cache.device)
-    num_blocks, num_kv_heads, block_size, _ = k_cache.shape
+    """Choose the tiles for a cache and the longest chunk.
+
+    Long chunks take large tiles, one program an SM; short ones small tiles, so that two programs of an SM hide each
+    other's beginning and end (measured on an H100, see benchmarks/kernels/NOTES.md).
+    """
+    _, shared_memory, has_tma = device_limits(k_cache.device)
+    num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
     group_size = num_heads // num_kv_heads
-    rows = 128 if max_seqlen_q * group_size > 64 else 64
-    if k_cache.dtype == torch.float32:
-        rows, tile = 64, 32
-    else:
-        tile = 64
-    use_tma = (
-        has_tma
-        and k_cache.dtype != torch.float32
-        and block_size % tile == 0
-        and num_blocks * num_kv_heads * block_size < 2**31  # descriptors index rows with 32 bits
-    )
-    rows = max(rows, int(triton.next_power_of_2(group_size)))
-    return PrefillShape(use_tma, rows, tile, 3 if use_tma else 2, 8 if rows >= 128 else 4)
+    min_rows = int(triton.next_power_of_2(group_size))
+    key_bytes = head_dim * k_cache.element_size()
+    can_use_tma = has_tma and num_blocks * num_kv_heads * block_size < 2**31  # descriptors index rows with 32 bits
+    if k_cache.element_size() == 2 and can_use_tma:
+        shapes = [PrefillShape(True, max(64, min_rows), 64, num_stages, 4) for num_stages in (5, 3)]
+        if max_seqlen_q * group_size > _SHORT_CHUNK_ROWS:
+            shapes.insert(0, PrefillShape(True, max(128, min_rows), 128, 5, 8))
+        for shape in shapes:
+            tiles_in_flight = (shape.num_stages + 1) // 2
+            needed = (shape.rows + 2 * shape.tile * tiles_in_flight) * key_bytes + 2048
+            if block_size % shape.tile == 0 and needed <= shared_memory:
+                return shape
+    tile = max(16, min(64, 8192 // key_bytes))
+    return PrefillShape(False, max(64, min_rows), tile, 2, 4)
 
 
 def prefill_attention_triton(
@@ -235,8 +247,7 @@ def prefill_attention_triton(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     num_requests = block_table.shape[0]
-    if head_dim not in (16, 32, 64, 128, 256):
-        raise ValueError(f"Invalid shape of k_cache: expected head_dim 16, 32, 64, 128 or 256, got {head_dim}")
+    check_head_dim(head_dim)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or num_requests == 0:
         return out
