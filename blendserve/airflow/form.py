@@ -14,6 +14,7 @@ from blendserve.spec import EngineSpec, JobSpec, SamplingSpec
 
 OPEN_FIELDS = ("input", "output", "model", "max_tokens")
 PROMPT_FIELDS = ("id_column", "prompt_column", "template", "system", "raw", "truncate_prompt", "limit")
+SECTIONS = ("Prompts", "Sampling", "Planning", "Engine")
 MULTILINE_FIELDS = ("template", "system")
 
 ENUM_LABELS = {
@@ -48,8 +49,10 @@ def form_params(**defaults: Any) -> dict[str, Param]:
         "model": configuration.get("default_model"),
         **defaults,
     }
-    ordered = [*OPEN_FIELDS, *(name for name in properties if name not in OPEN_FIELDS)]
-    return {name: _param(name, properties[name], proposed) for name in ordered}
+    sectioned = sorted(
+        (name for name in properties if name not in OPEN_FIELDS), key=lambda n: SECTIONS.index(_section(n))
+    )
+    return {name: _param(name, properties[name], proposed) for name in (*OPEN_FIELDS, *sectioned)}
 
 
 def _param(name: str, field: dict[str, Any], proposed: dict[str, Any]) -> Param:
