@@ -20,6 +20,8 @@ from blendserve.spec import JobSpec
 
 MIN_SAMPLED = 16
 COMPANION_SHARE = 0.03  # of the prompt tokens that aren't shared
+_MAX_STRATUM_SHARE = 0.05
+_MIN_STRATUM_ROOM = 8
 _MIN_MAX_TOKENS = 16  # shorter completions aren't worth a run of their own
 ASSUMED_OUTPUT_TOKENS = 512  # before anything is known; a longer one is the engine's to absorb
 
@@ -90,13 +92,17 @@ def draw_stratified(
     """`num_sampled` of the sorted places `candidates` (at most all of them), ascending; always the same ones.
 
     Strata are the subtrees below what all prompts share. Each gets room by the square root of its size, so that small
-    subtrees are seen and big ones are seen more often; within a stratum the sample is spread evenly.
+    subtrees are seen and big ones are seen more often, but not so much that a good part of a small subtree runs before
+    it can be planned. Within a stratum the sample is spread evenly.
     """
     num_sampled = min(num_sampled, len(candidates))
     least_shared = shared_prefix_tokens[1:].min(initial=int(shared_prefix_tokens.max(initial=0)))
     stratum = np.cumsum(shared_prefix_tokens <= least_shared)[candidates]
-    filled = np.cumsum(1.0 / np.sqrt(np.bincount(stratum)[stratum]))
-    marks = _spread(float(filled[-1]), num_sampled)
+    sizes = np.bincount(stratum)
+    room = num_sampled * np.sqrt(sizes) / np.sqrt(sizes).sum()
+    room = np.minimum(room, np.maximum(_MAX_STRATUM_SHARE * sizes, _MIN_STRATUM_ROOM))
+    filled = np.cumsum((room / np.maximum(sizes, 1))[stratum])
+    marks = _spread(float(filled[-1]), min(round(float(filled[-1])), num_sampled))
     chosen = np.unique(np.minimum(np.searchsorted(filled, marks), len(candidates) - 1))
     others = np.setdiff1d(np.arange(len(candidates)), chosen)
     more = others[_spread(len(others), num_sampled - len(chosen)).astype(np.int64)]
