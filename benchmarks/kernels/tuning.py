@@ -43,11 +43,10 @@ def tune_decode(pool: KVPool) -> None:
         q = torch.randn(batch, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
         tables = pool.parts(batch, context)
         for use_tma, tile, stages, warps in (
-            (True, 128, 5, 4),
             (True, 128, 7, 4),
+            (True, 128, 5, 8),
             (True, 128, 7, 8),
-            (True, 64, 9, 4),
-            (False, 64, 10, 8),
+            (True, 128, 7, 16),
         ):
             for programs in (num_sms, FEW_PROGRAMS):
                 shape = LaunchShape(use_tma, tile, stages, warps, programs)
@@ -69,17 +68,16 @@ def tune_decode(pool: KVPool) -> None:
 
 def tune_prefill(pool: KVPool) -> None:
     """Print TFLOP/s of prefill attention for tiles, stages and warps."""
-    for num_tokens in (2048, 8192):
+    for num_tokens in (2048, 4096):
         lens = torch.tensor([num_tokens], device="cuda", dtype=torch.int32)
         bounds = torch.tensor([0, num_tokens], device="cuda", dtype=torch.int32)
         q = torch.randn(num_tokens, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
         tables = pool.parts(1, num_tokens)[:8]
         for rows, tile, stages, warps in (
-            (128, 64, 5, 8),
-            (128, 128, 3, 8),
             (128, 128, 5, 8),
-            (64, 64, 3, 4),
             (64, 64, 5, 4),
+            (64, 64, 5, 8),
+            (128, 64, 5, 8),
         ):
             shape = PrefillShape(True, rows, tile, stages, warps)
 
@@ -109,13 +107,13 @@ def tune_shared_prefix(pool: KVPool) -> None:
     tables = pool.parts(batch, prefix + suffix)[:4]
     for table in tables:
         table[:, : prefix // 128] = table[0, : prefix // 128].clone()
-    for rows, tile, stages, warps in (
-        (64, 128, 3, 4),
-        (64, 64, 5, 4),
-        (128, 64, 3, 8),
-        (128, 128, 3, 8),
+    for rows, tile, stages, warps, num_programs in (
+        (64, 128, 3, 4, num_sms),
+        (64, 64, 5, 4, num_sms),
+        (64, 64, 5, 4, 128),
+        (64, 64, 5, 8, 128),
     ):
-        shape = LaunchShape(True, tile, stages, warps, num_sms)
+        shape = LaunchShape(True, tile, stages, warps, num_programs)
 
         def figure(rows: int = rows, shape: LaunchShape = shape) -> str:
             calls = [

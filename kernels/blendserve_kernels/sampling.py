@@ -55,4 +55,8 @@ def sample(
         check_shape(name, tensor, [logits.shape[0]])
         check_dtype(name, tensor, dtype)
         check_same_device("logits", logits, **{name: tensor})
+    if logits.is_cuda:
+        from blendserve_kernels.triton_kernels.sampling import sample_triton
+
+        return sample_triton(logits, temperature, top_k, top_p, min_p, seeds, positions)
     return reference.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)

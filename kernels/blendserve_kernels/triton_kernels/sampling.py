@@ -1,0 +1,178 @@
+"""Triton sampling: one program per row of logits, thresholds by bisection instead of a sort, no host sync.
+
+Top-k and top-p keep what is not less than some logit. That logit is found by bisection over the 32 bits of a float,
+each step one pass over the row, which lies in the L2 cache; rows that want neither skip it.
+"""
+
+# Kernel parameters are typed by Triton, constexprs are capitals by its custom.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 4096
+_KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
+
+
+@triton.jit
+def _mix(x):
+    """The finalizer of SplitMix64, as in the twin."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _uniform(seed, position):
+    """Return the float32 in [0, 1) that belongs to (seed, position), both int64; bit for bit that of the twin."""
+    golden_ratio = 0x9E3779B97F4A7C15
+    bits = _mix(seed.to(tl.uint64, bitcast=True) + golden_ratio)
+    bits = _mix(bits + (position + 1).to(tl.uint64, bitcast=True) * golden_ratio)
+    return (bits >> 40).to(tl.float32) * (1.0 / 16777216.0)
+
+
+@triton.jit
+def _key(x):
+    """Map float32 to int32 so that the order stays."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _scaled_block(row_ptr, begin, temperature, vocab_size, BLOCK: tl.constexpr):
+    token = begin + tl.arange(0, BLOCK)
+    logits = tl.load(row_ptr + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
+    return token, tl.math.div_rn(logits, temperature + tl.zeros([BLOCK], dtype=tl.float32))
+
+
+@triton.jit
+def _kept_mass(row_ptr, temperature, largest, key, vocab_size, IS_COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Return how many logits are at or above the key (IS_COUNT), or their weight exp(logit - largest); float64."""
+    mass = tl.zeros([1], dtype=tl.float64)
+    for begin in tl.range(0, vocab_size, BLOCK):
+        token, scaled = _scaled_block(row_ptr, begin, temperature, vocab_size, BLOCK)
+        weight = tl.full([BLOCK], 1.0, dtype=tl.float32) if IS_COUNT else tl.exp(scaled - largest)
+        weight = tl.where((_key(scaled) >= key) & (token < vocab_size), weight, 0.0)
+        mass += tl.sum(weight.to(tl.float64))
+    return tl.sum(mass)
+
+
+@triton.jit
+def _bisect(
+    row_ptr,
+    temperature,
+    largest,
+    lowest_key,
+    target,
+    vocab_size,
+    IS_COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the largest key, at least lowest_key, at or above which lies a mass of `target`."""
+    low = lowest_key.to(tl.int64)
+    high = _key(largest).to(tl.int64)
+    while low < high:
+        middle = (low + high + 1) >> 1
+        mass = _kept_mass(row_ptr, temperature, largest, middle.to(tl.int32), vocab_size, IS_COUNT, BLOCK)
+        is_enough = mass >= target
+        low = tl.where(is_enough, middle, low)
+        high = tl.where(is_enough, high, middle - 1)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seeds_ptr,
+    positions_ptr,
+    out_ptr,
+    row_stride,
+    vocab_size,
+    BLOCK: tl.constexpr,
+):
+    # 1. The largest logit and where it stands first.
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + row.to(tl.int64) * row_stride
+    temperature = tl.load(temperature_ptr + row)
+    is_greedy = temperature <= 0.0
+    temperature = tl.where(is_greedy, 1.0, temperature)
+    largest = float("-inf")
+    first_largest = 0
+    for begin in tl.range(0, vocab_size, BLOCK):
+        token, scaled = _scaled_block(row_ptr, begin, temperature, vocab_size, BLOCK)
+        block_largest = tl.max(scaled)
+        block_first = tl.min(tl.where(scaled == block_largest, token, vocab_size - 1))
+        first_largest = tl.where(block_largest > largest, block_first, first_largest)
+        largest = tl.maximum(largest, block_largest)
+    if is_greedy:
+        tl.store(out_ptr + row, first_largest)
+        return
+
+    # 2. The smallest logit that is kept.
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    key = tl.full([], _KEY_OF_MINUS_INFINITY, dtype=tl.int32)
+    if (top_k > 0) & (top_k < vocab_size):
+        key = _bisect(row_ptr, temperature, largest, key, top_k.to(tl.float64), vocab_size, True, BLOCK)
+    if top_p < 1.0:
+        total = _kept_mass(row_ptr, temperature, largest, key, vocab_size, False, BLOCK)
+        target = top_p.to(tl.float64) * total
+        key = _bisect(row_ptr, temperature, largest, key, target, vocab_size, False, BLOCK)
+    min_p = tl.load(min_p_ptr + row)
+    if min_p > 0.0:
+        key = tl.maximum(key, _key(largest + tl.log(min_p)))
+
+    # 3. The first kept token, in vocabulary order, at which the running sum passes the uniform number.
+    uniform = _uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
+    target = uniform.to(tl.float64) * _kept_mass(row_ptr, temperature, largest, key, vocab_size, False, BLOCK)
+    before = target * 0.0
+    drawn = vocab_size
+    last_kept = first_largest
+    for begin in tl.range(0, vocab_size, BLOCK):
+        token, scaled = _scaled_block(row_ptr, begin, temperature, vocab_size, BLOCK)
+        is_kept = (_key(scaled) >= key) & (token < vocab_size)
+        weight = tl.where(is_kept, tl.exp(scaled - largest), 0.0).to(tl.float64)
+        cumulative = before + tl.cumsum(weight)
+        drawn = tl.minimum(drawn, tl.min(tl.where(is_kept & (cumulative > target), token, vocab_size)))
+        last_kept = tl.maximum(last_kept, tl.max(tl.where(is_kept, token, 0)))
+        before += tl.sum(weight)
+    tl.store(out_ptr + row, tl.minimum(drawn, last_kept))
+
+
+def sample_triton(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Launch `sampling.sample`; arguments as there, unchecked. No host sync: safe to capture."""
+    num_rows, vocab_size = logits.shape
+    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if num_rows == 0:
+        return out
+    _sample_kernel[(num_rows,)](
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seeds,
+        positions,
+        out,
+        logits.stride(0),
+        vocab_size,
+        BLOCK=min(_BLOCK, int(triton.next_power_of_2(vocab_size))),
+        num_warps=8,
+    )
+    return out

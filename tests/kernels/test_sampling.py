@@ -1,0 +1,65 @@
+"""The Triton sampling against its twin: the same tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blendserve_kernels import reference
+from blendserve_kernels.triton_kernels import sampling
+from blendserve_kernels.triton_kernels.sampling import sample_triton
+
+
+def _arguments(num_rows: int, device: torch.device, **settings: float) -> tuple[torch.Tensor, ...]:
+    values = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings
+    return (
+        torch.full((num_rows,), values["temperature"], device=device),
+        torch.full((num_rows,), int(values["top_k"]), dtype=torch.int32, device=device),
+        torch.full((num_rows,), values["top_p"], device=device),
+        torch.full((num_rows,), values["min_p"], device=device),
+        torch.arange(num_rows, device=device) * 977 - 3,
+        torch.arange(num_rows, device=device),
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"temperature": 1.5, "top_k": 5},
+        {"top_k": 40, "top_p": 0.5},
+        {"min_p": 0.2},
+        {"temperature": 0.0, "top_k": 3},
+    ],
+)
+@pytest.mark.parametrize("vocab_size", [63, 700])
+def test_sample(
+    settings: dict[str, float], vocab_size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_BLOCK", 512)  # several blocks a row
+    logits = torch.randn(4, vocab_size + 5, device=device)[:, 5:] * 3  # rows apart
+    arguments = _arguments(4, device, **settings)
+    assert torch.equal(sample_triton(logits, *arguments), reference.sample(logits, *arguments))
+
+
+def test_sample_of_half_precision_with_equal_and_forbidden_logits(device: torch.device) -> None:
+    logits = torch.randint(-3, 3, (4, 200), device=device).to(torch.float16)
+    logits[:, ::3] = -torch.inf
+    arguments = _arguments(4, device, top_k=30, top_p=0.9)
+    ids = sample_triton(logits, *arguments)
+    assert torch.equal(ids, reference.sample(logits, *arguments))
+    assert torch.all(ids % 3 != 0)
+
+
+def test_sample_of_nan_stays_within_the_vocabulary(device: torch.device) -> None:
+    logits = torch.full((2, 100), torch.nan, device=device)
+    ids = sample_triton(logits, *_arguments(2, device, top_p=0.5))
+    assert torch.all((ids >= 0) & (ids < 100))
+
+
+def test_sample_mixes_greedy_and_drawn_rows(device: torch.device) -> None:
+    logits = torch.randn(4, 300, device=device)
+    arguments = list(_arguments(4, device))
+    arguments[0] = torch.tensor([0.0, 1.0, 0.0, 0.5], device=device)
+    assert torch.equal(sample_triton(logits, *arguments), reference.sample(logits, *arguments))
