@@ -26,7 +26,7 @@ demo: $(READY)  ## Run the main job on a real model through the Airflow DAG, and
 	$(BIN)/blendserve show $(OUT)/demo/job
 
 test: $(READY) check  ## Run the linters and every test
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: $(READY)  ## Run the linters and the type checker
 	$(BIN)/ruff check .

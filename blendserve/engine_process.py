@@ -79,7 +79,9 @@ def run_shard_process(
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # Threads that spin while they wait for each other slow a loaded machine down; it must be set before torch loads.
+    defaults = {"OMP_WAIT_POLICY": "PASSIVE"}
+    return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _watch(

@@ -37,6 +37,7 @@ _PROMPT_FIELDS = (
     "max_model_len",
 )
 _NUMERIC_FIELDS = ("dtype", "load_format")
+_FULL_BYTES = 1 << 20
 _PACKAGES = ("blendserve", "torch", "triton", "transformers", "duckdb", "pyarrow")
 
 
@@ -148,9 +149,11 @@ def writing_to(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # NumPy reports a short write without an error number: then the disk itself says whether it's full.
+        has_no_room = error.errno is None and shutil.disk_usage(root).free < _FULL_BYTES
+        if has_no_room or error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(
-                f"The disk of {root} is full ({error.strerror}). Finished work is kept; free space and run again."
+                f"The disk of {root} is full ({error}). Finished work is kept; free space and run again."
             ) from error
         raise OutputError(
             f"Output folder {root} can't be written: {error}. Choose a folder you may write to."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 # Models here are tiny: threads would only wait for each other. Before torch is imported, and for child processes too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 

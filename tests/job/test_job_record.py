@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -109,6 +110,12 @@ def test_a_folder_that_can_not_be_made(tmp_path: Path, make_record: Any) -> None
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"disk of .* is full"), writing_to(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_short_write_to_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=0))
+    with pytest.raises(OutputError, match=r"disk of .* is full"), writing_to(tmp_path):
+        raise OSError("123 requested and 97 written")
 
 
 def test_a_folder_without_a_job(folder: JobFolder) -> None:
