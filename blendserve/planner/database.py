@@ -17,11 +17,11 @@ import blendserve_sql
 from blendserve.manifest import replacing
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-_MAX_MEMORY_BYTES = 4 * 2**30
+_MAX_MEMORY_BYTES = 3 * 2**30
 
 
 def default_memory_bytes() -> int:
-    """Half of the memory that this process may have (what is free, its container's limit), at most 4 GiB."""
+    """Half of the memory that this process may have (what is free, its container's limit), at most 3 GiB."""
     limits = [int(psutil.virtual_memory().available), 2 * _MAX_MEMORY_BYTES]
     stated = [path.read_text(encoding="ascii").strip() for path in _CGROUP_LIMITS if path.exists()]
     limits += [int(limit) for limit in stated if limit.isdigit()]

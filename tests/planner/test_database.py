@@ -44,5 +44,5 @@ def test_a_relation_is_written_whole_or_not_at_all(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_the_default_limit_is_at_most_four_gigabytes():
-    assert 0 < default_memory_bytes() <= 4 * 2**30
+def test_the_default_limit_is_at_most_three_gigabytes():
+    assert 0 < default_memory_bytes() <= 3 * 2**30
