@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blendserve.dual_scanner import DualScanner, Front
@@ -23,6 +23,7 @@ def make_scanner(compute: list[float], memory: list[float], is_two_ended: bool =
     )
 
 
+@settings(deadline=None)
 @given(
     costs=st.lists(st.tuples(SECONDS, SECONDS), max_size=40),
     held=st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blendserve.planner.output_lengths import SOURCES, estimate_output_lengths
@@ -30,6 +30,7 @@ def estimate(shared, *, limits, hints=None, observed=None, cut_off=(), ignore_eo
 LENGTH = st.one_of(st.just(NAN), st.floats(0, 1e9))
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 1000), LENGTH, LENGTH, st.booleans()), max_size=30),
     ignore_eos=st.booleans(),

@@ -40,6 +40,7 @@ def brute_force_nodes(prompts: list[list[int]]) -> set[tuple[int, int, int]]:
     return nodes
 
 
+@settings(deadline=None)
 @given(prompts=PROMPTS)
 def test_nodes_are_those_of_brute_force(prompts):
     prompts = sorted(prompts)
@@ -57,6 +58,7 @@ def test_nodes_are_those_of_brute_force(prompts):
         assert leaf == max(holding, key=lambda node: nodes[node][0])
 
 
+@settings(deadline=None)
 @given(prompts=PROMPTS)
 def test_the_tree_gives_back_the_prompts(prompts):
     prompts = sorted(prompts)
@@ -71,6 +73,7 @@ def test_the_tree_gives_back_the_prompts(prompts):
         assert [token for edge in reversed(edges) for token in edge] + own == prompt
 
 
+@settings(deadline=None)
 @given(prompts=PROMPTS)
 def test_sums_over_nodes_and_along_paths(prompts):
     prompts = sorted(prompts)
@@ -118,6 +121,7 @@ def test_sorted_prompts_are_those_of_python(tmp_path_factory, prompts):
     assert found.shared_prefix_tokens.tolist() == shared_with_previous([prompts[place] for place in expected]).tolist()
 
 
+@settings(deadline=None)
 @given(values=st.lists(st.integers(0, 9), min_size=1, max_size=40), data=st.data())
 def test_range_minimum(values, data):
     ranges = data.draw(st.lists(st.tuples(*[st.integers(0, len(values) - 1)] * 2).map(sorted), max_size=20))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blendserve.planner.sharding import choose_num_shards, split_from_both_ends, split_in_order
@@ -12,6 +12,7 @@ from blendserve.planner.sharding import choose_num_shards, split_from_both_ends,
 COSTS = st.lists(st.tuples(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3)), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(costs=COSTS, wanted=st.integers(1, 8), split=st.sampled_from([split_from_both_ends, split_in_order]))
 def test_each_request_in_exactly_one_shard_and_none_empty(costs, wanted, split):
     costs = sorted(costs, key=lambda cost: -cost[0] / cost[1])
@@ -22,6 +23,7 @@ def test_each_request_in_exactly_one_shard_and_none_empty(costs, wanted, split):
     assert sorted(np.concatenate(shards).tolist()) == list(range(len(costs)))
 
 
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 1000), num_shards=st.integers(2, 8))
 def test_both_times_are_balanced(seed, num_shards):
     random = np.random.default_rng(seed)

@@ -91,6 +91,7 @@ def test_all_work_is_done_once_under_any_policy_and_cache(rows, policy, num_shar
             assert result.seconds == pytest.approx(result.compute_seconds + result.memory_seconds)
 
 
+@settings(deadline=None)
 @given(
     prompts=st.lists(st.integers(1, 300), min_size=1, max_size=15),
     outputs=st.lists(st.integers(1, 100), min_size=15, max_size=15),
