@@ -189,6 +189,7 @@ def run_all() -> dict[str, Any]:
         for context in (512, 2048, 8192, 16384)
     ]
     rows += [bench_decode(pool, 256, 4096, copy_rate, programs, True) for programs in (None, FEW_PROGRAMS)]
+    rows += [bench_decode(pool, *shape, copy_rate, None) for shape in ((1, 131072), (16, 65536))]
     rows += [
         bench_prefill(pool, *shape, gemm_rates[shape[0] * shape[1]]) for shape in ((1, 2048), (4, 2048), (1, 8192))
     ]
@@ -198,7 +199,7 @@ def run_all() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": current_commit(),
-        "command": "python " + " ".join(sys.argv),
+        "command": f"python {sys.argv[0]}",
         "copy_tb_per_s": copy_rate / 1e12,
         "gemm_tflop_per_s": {str(tokens): rate / 1e12 for tokens, rate in gemm_rates.items()},
         "rows": rows,

@@ -67,7 +67,7 @@ def test_decode_attention_cut_into_programs(num_programs: int, use_tma: bool, de
 
 @pytest.mark.parametrize("use_tma", [False, True])
 def test_decode_attention_of_one_long_request(use_tma: bool, device: torch.device) -> None:
-    # The second launch finds the arrival counters as the first one left them.
+    # The second launch finds the counters of the plan as the first one left them.
     _check([700], num_kv_heads=1, block_size=64, num_programs=9, num_launches=2, use_tma=use_tma, device=device)
 
 

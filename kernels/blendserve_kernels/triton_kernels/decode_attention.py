@@ -38,7 +38,6 @@ _SHIFT_ROWS = tl.constexpr(12)  # above: how many query rows are real
 
 _MAX_PROGRAMS = 1024
 _INTERPRETED_PROGRAMS = 5  # without a GPU: few, and no divisor of common sizes, so that items are cut
-_arrival_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 @triton.jit
@@ -80,6 +79,7 @@ def _plan_kernel(
     group_sizes_ptr,
     list_length_ptr,
     list_ptr,
+    counters_ptr,
     num_sequences,
     num_kv_heads,
     block_table_stride,
@@ -91,9 +91,11 @@ def _plan_kernel(
     PADDED_SEQUENCES: tl.constexpr,
     USE_TMA: tl.constexpr,
     CHUNK: tl.constexpr,
+    PADDED_PROGRAMS: tl.constexpr,
 ):
-    """List the tiles of one sequence per program, behind those of the sequences before it."""
+    """List the tiles of one sequence per program, behind those of the sequences before it; zero the counters."""
     this_sequence = tl.program_id(0)
+    tl.store(counters_ptr + tl.arange(0, PADDED_PROGRAMS), 0, mask=this_sequence == 0)
     all_sequences = tl.arange(0, PADDED_SEQUENCES)
     _first, all_requests, _begin, _end, all_tiles = _load_sequence(
         all_sequences, num_sequences, context_lens_ptr, prefix_lens_ptr, group_starts_ptr, group_sizes_ptr, PART, TILE
@@ -549,28 +551,19 @@ def choose_launch_shape(
     # As many tiles in flight as shared memory holds. Loads of loads take two stages for each (the list, then the tile),
     # three with a block table between; the warp group's instruction reads shared memory itself and keeps one tile more.
     tile_bytes = (2 * tile + rows) * key_bytes
-    tiles_in_flight = max(1, min(3, (shared_memory - 4 * rows * head_dim - 4096) // tile_bytes))
+    most = 2 if use_tma and not is_wide else 3  # two of 64 KiB are enough, a third only makes the start longer
+    tiles_in_flight = max(1, min(most, (shared_memory - 4 * rows * head_dim - 4096) // tile_bytes))
     num_stages = (2 if use_tma else 3) * tiles_in_flight + (-1 if is_wide else 1)
     num_warps = 4 if is_wide and use_tma else 8
     return LaunchShape(use_tma, tile, num_stages, num_warps, num_programs or num_sms)
-
-
-def _arrival_counters_of(device: torch.device) -> torch.Tensor:
-    """Return the zeroed counters of the current stream, which live as long as the process; kernels leave them zeroed.
-
-    Launches that may run at the same time need counters of their own, hence one set per stream.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if (device, stream) not in _arrival_counters:
-        _arrival_counters[device, stream] = torch.zeros(_MAX_PROGRAMS, dtype=torch.int32, device=device)
-    return _arrival_counters[device, stream]
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
     """The list of KV tiles of one part, made by `make_plan`, and how to launch over it.
 
-    Valid for the block table, context lengths and cache shape that it was made from, whatever the layer.
+    Valid for the block table, context lengths and cache shape that it was made from, whatever the layer. Launches that
+    share a plan must follow one another, on one stream: the counters are theirs in turn.
     """
 
     part: int
@@ -578,6 +571,7 @@ class DecodePlan:
     shape: LaunchShape
     tile_list: torch.Tensor  # int32 [max_entries, 8]
     list_length: torch.Tensor  # int32 [1], on the device: no host knows it
+    counters: torch.Tensor  # int32, programs that have arrived at a cut item; zero between launches
 
 
 def make_plan(
@@ -601,6 +595,8 @@ def make_plan(
     max_entries = max_row_blocks * max(1, triton.cdiv(block_table.shape[1] * block_size, shape.tile))
     tile_list = torch.empty(max_entries, _ENTRY_WORDS, dtype=torch.int32, device=k_cache.device)
     list_length = torch.empty(1, dtype=torch.int32, device=k_cache.device)
+    padded_programs = int(triton.next_power_of_2(shape.num_programs))
+    counters = torch.empty(padded_programs, dtype=torch.int32, device=k_cache.device)
     _plan_kernel[(num_sequences,)](
         block_table,
         context_lens,
@@ -609,6 +605,7 @@ def make_plan(
         group_sizes,
         list_length,
         tile_list,
+        counters,
         num_sequences,
         num_kv_heads,
         block_table.stride(0),
@@ -620,9 +617,10 @@ def make_plan(
         PADDED_SEQUENCES=max(16, triton.next_power_of_2(num_sequences)),
         USE_TMA=shape.use_tma,
         CHUNK=128,
+        PADDED_PROGRAMS=padded_programs,
         num_warps=4,
     )
-    return DecodePlan(part, rows, shape, tile_list, list_length)
+    return DecodePlan(part, rows, shape, tile_list, list_length, counters)
 
 
 def launch_paged_attention(
@@ -664,7 +662,7 @@ def launch_paged_attention(
         prefix_lse,
         state,
         extrema,
-        _arrival_counters_of(q.device),
+        plan.counters,
         num_kv_heads,
         q.stride(0),
         block_table.stride(0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +26,15 @@ class SharedPrefixPlan:
 
     prefix: DecodePlan | None  # None: no groups
     suffix: DecodePlan
+
+
+def _choose_prefix_shape(k_cache: torch.Tensor, rows: int, num_programs: int | None) -> LaunchShape:
+    """As many programs as fit that every KV head has equally many: long items are then cut evenly."""
+    shape = choose_launch_shape(k_cache, rows, num_programs)
+    num_kv_heads = k_cache.shape[1]
+    if shape.num_programs < num_kv_heads:
+        return shape
+    return replace(shape, num_programs=shape.num_programs - shape.num_programs % num_kv_heads)
 
 
 def plan_shared_prefix_triton(
@@ -53,7 +62,7 @@ def plan_shared_prefix_triton(
             group_size,
             part=PREFIX_PART,
             rows=prefix_rows,
-            shape=prefix_shape or choose_launch_shape(k_cache, prefix_rows, num_programs),
+            shape=prefix_shape or _choose_prefix_shape(k_cache, prefix_rows, num_programs),
             prefix_lens=prefix_lens,
             groups=(group_starts, group_sizes),
         )
