@@ -60,6 +60,8 @@ def _param(name: str, field: dict[str, Any], proposed: dict[str, Any]) -> Param:
     default = proposed.get(name, schema.pop("default", None))
     schema.pop("default", None)
     description = schema.pop("description", "")
+    if schema["type"] == "array":
+        description += ' A JSON list, such as ["END", "\\n\\n"].'
     if name not in OPEN_FIELDS:
         schema["section"] = _section(name)
     if name in MULTILINE_FIELDS:

@@ -24,7 +24,7 @@ def ensure_gpu_pool() -> None:
     if Pool.get_pool(name) is not None:
         return
     slots = configuration.get_integer("gpu_pool_slots")
-    log.warning("Pool %s was missing; made it with %d slot(s). One slot a GPU is right.", name, slots)
+    log.info("pool %s was missing; it is made with %d slot(s)", name, slots)
     Pool.create_or_update_pool(
         name, slots=slots, description="One slot a GPU: the tasks that run BlendServe's engine.", include_deferred=False
     )

@@ -6,11 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from tests.dags.airflow_server import AirflowServer
 
 NUM_ROWS = 12
 
@@ -88,3 +91,25 @@ def airflow_environment(
         "AIRFLOW__BLENDSERVE__ALLOWED_PATHS": f"{workspace},{tiny_model}",
         "AIRFLOW__BLENDSERVE__RETRY_DELAY_SECONDS": "1",
     }
+
+
+@pytest.fixture(scope="session")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, migrated_home: Path, own_environment: dict[str, str]
+) -> Iterator[AirflowServer]:
+    """A running Airflow with an input of three rows, one of them without a prompt."""
+    folder = tmp_path_factory.mktemp("server")
+    rows = {"request_id": ["one", "two", "three"], "prompt": ["first", "second", None]}
+    pq.write_table(pa.table(rows), folder / "requests.parquet")
+    shutil.copytree(migrated_home, folder / "airflow")
+    environment = own_environment | {
+        "AIRFLOW__BLENDSERVE__ALLOWED_PATHS": f"{folder},{tiny_model}",
+        "AIRFLOW__BLENDSERVE__DEFAULT_MODEL": str(tiny_model),
+        "AIRFLOW__BLENDSERVE__RETRY_DELAY_SECONDS": "1",
+    }
+    server = AirflowServer(folder, environment)
+    try:
+        server.sign_in()
+        yield server
+    finally:
+        server.stop()
