@@ -18,6 +18,7 @@ _BATCH_ROWS = 1024
 _FIRST_SLICE = 8  # most neighbours differ within a few tokens
 _MAX_SLICE = 256
 _MAX_COMPARED = 2**20  # tokens compared at one time
+_MAX_PAIRS = 2**12  # prompts compared before their pages are given back: each pair maps about 200 KiB of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,13 @@ class PromptTokens:
         """int64 [num_pairs]: leading equal tokens among the `width` tokens at offsets `first` and `second`."""
         windows = np.lib.stride_tricks.sliding_window_view(self.token_ids, width)
         equal = np.empty(len(first), np.int64)
-        step = max(_MAX_COMPARED // width, 1)
+        step = min(_MAX_COMPARED // width, _MAX_PAIRS)
         for begin in range(0, len(first), step):
             part = slice(begin, begin + step)
             differs = windows[first[part]] != windows[second[part]]
             equal[part] = np.where(differs.any(axis=1), differs.argmax(axis=1), width)
-            self._let_go()
+            if begin // _MAX_PAIRS != (begin + step) // _MAX_PAIRS:
+                self._let_go()
         return equal
 
     def _let_go(self) -> None:
