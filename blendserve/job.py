@@ -77,10 +77,7 @@ def preview(spec: JobSpec, *, on_step: Announce | None = None) -> PlanManifest:
         announce("extract", extract(spec))
         announce("tokenize", tokenize(folder.root))
         announce("analyze", analyze(folder.root))
-        is_planned = (folder.plan / "plan.json").is_file()
-        made = plan(folder.root)
-        if not is_planned:
-            (folder.plan / _PREVIEW).touch()
+        made = plan(folder.root, is_preview=True)
         announce("plan", made.summary)
         return made
 
@@ -156,7 +153,20 @@ def choose_sample(root: Path) -> dict[str, Any]:
         return {"num_requests": write_sample_plan(folder, record.spec, Path(record.model_folder))}
 
 
-def run_sample(root: Path, *, on_progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+def compare(root: Path) -> dict[str, Any]:
+    """What each policy would take for what is left to run of an analyzed job, by simulation."""
+    from blendserve.planner.policy_comparison import compare_policies
+
+    folder, record = _open(root)
+    return compare_policies(folder, record.spec, Path(record.model_folder))
+
+
+def run_sample(
+    root: Path,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
     """Choose and run the sample. Its completions are part of the result and are not computed again."""
     folder, _ = _open(root)
     _drop_preview(folder)
@@ -165,19 +175,25 @@ def run_sample(root: Path, *, on_progress: Callable[[Progress], None] | None = N
     chosen = choose_sample(root)
     if chosen["num_requests"]:
         with _step(folder, "sample"):
-            run_shard(folder.sample, 0, on_progress=on_progress)
+            run_shard(folder.sample, 0, on_progress=on_progress, should_stop=should_stop)
     return chosen
 
 
-def plan(root: Path) -> PlanManifest:
-    """Estimate output lengths and costs, order the requests, cut the order into shards: `plan/`."""
+def plan(root: Path, *, is_preview: bool = False) -> PlanManifest:
+    """Estimate output lengths and costs, order the requests, cut the order into shards: `plan/`.
+
+    A preview is planned before any request ran; a later `run_sample` drops it unless shards of it have run.
+    """
     from blendserve.planner.plan import make_plan
 
     folder, record = _open(root)
     if (folder.plan / "plan.json").is_file():
         return read_manifest(folder.plan / "plan.json", PlanManifest)
     with _step(folder, "plan"):
-        return make_plan(folder, record.spec, Path(record.model_folder))
+        made = make_plan(folder, record.spec, Path(record.model_folder))
+        if is_preview:
+            (folder.plan / _PREVIEW).touch()
+        return made
 
 
 def run_shard(

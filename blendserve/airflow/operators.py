@@ -151,22 +151,42 @@ class ProgressWriter:
         self._store.set(PROGRESS_KEY, values)
 
 
-class SampleOperator(FolderOperator):
+class EngineOperator(FolderOperator):
+    """Base of the steps that run the engine: it stops within seconds when the task is killed."""
+
+    _must_stop = False
+
+    def on_kill(self) -> None:
+        self._must_stop = True
+
+    def should_stop(self) -> bool:
+        return self._must_stop
+
+
+class SampleOperator(EngineOperator):
     """Run a small sample first, to learn how long the completions become."""
 
     def run_step(self, context: Context) -> dict[str, Any]:
         from blendserve import job
 
-        return _logged(self, job.run_sample(Path(self.root), on_progress=ProgressWriter(self, context)))
+        progress = ProgressWriter(self, context)
+        return _logged(self, job.run_sample(Path(self.root), on_progress=progress, should_stop=self.should_stop))
 
 
 class PlanOperator(FolderOperator):
-    """Order the requests and cut them into shards; `run_shard` is mapped over what this returns."""
+    """Order the requests and cut them into shards; `run_shard` is mapped over what this returns.
+
+    :param is_preview: the plan is only to be looked at; a run of the same job plans again, knowing its sample.
+    """
+
+    def __init__(self, *, is_preview: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.is_preview = is_preview
 
     def run_step(self, context: Context) -> list[PlannedShard]:
         from blendserve import job
 
-        plan = job.plan(Path(self.root))
+        plan = job.plan(Path(self.root), is_preview=self.is_preview)
         self.log.info("plan done", **plan.summary)
         shards = [
             PlannedShard(
@@ -180,7 +200,7 @@ class PlanOperator(FolderOperator):
         return shards or [PlannedShard(shard=None, density=0.0, num_requests=0, predicted_seconds=0.0)]
 
 
-class RunShardOperator(FolderOperator):
+class RunShardOperator(EngineOperator):
     """Run one shard on the engine, in a process of its own.
 
     Progress goes to the log and to the task's state store. When the task is killed, the engine stops within seconds
@@ -188,7 +208,6 @@ class RunShardOperator(FolderOperator):
     """
 
     template_fields: Sequence[str] = ("root", "shard")
-    _must_stop = False
 
     def __init__(self, *, shard: PlannedShard, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -206,12 +225,9 @@ class RunShardOperator(FolderOperator):
             JobFolder(Path(self.root)).plan,
             number,
             on_progress=ProgressWriter(self, context),
-            should_stop=lambda: self._must_stop,
+            should_stop=self.should_stop,
         )
         return _logged(self, manifest.model_dump(mode="json", exclude={"versions"}))
-
-    def on_kill(self) -> None:
-        self._must_stop = True
 
 
 class MergeOperator(FolderOperator):

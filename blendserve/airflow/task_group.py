@@ -49,7 +49,7 @@ class BlendServePlan(TaskGroup):  # type: ignore[misc]
         super().__init__(group_id=group_id)
         with self:
             root, prepared = _prepare(options, use_params)
-            prepared >> PlanOperator(task_id="plan", root=root)
+            prepared >> PlanOperator(task_id="plan", root=root, is_preview=True)
 
 
 class BlendServeBatch(TaskGroup):  # type: ignore[misc]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +22,7 @@ from blendserve.errors import OutputError
 from blendserve.manifest import replacing
 from blendserve.schemas import COMPLETIONS
 
+LOCK_SECONDS = 20.0
 _PART_COMPLETIONS = 64
 _PART_SECONDS = 2.0
 _COUNTED = ["row_index", "finish_reason", "num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"]
@@ -44,12 +46,14 @@ class ShardFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise OutputError(
-                    f"{self.path} is in use: another process is running this shard. Wait for it, or stop it first."
-                ) from error
+            # An engine that was told to stop still writes out what it finished: that takes seconds.
+            deadline = time.monotonic() + LOCK_SECONDS
+            while not _try_lock(lock):
+                if time.monotonic() >= deadline:
+                    raise OutputError(
+                        f"{self.path} is in use: another process is running this shard. Wait for it, or stop it first."
+                    )
+                time.sleep(0.1)
             yield
 
     def clean_up(self) -> None:
@@ -109,6 +113,14 @@ class CompletionWriter:
             self._folder.write_part(self._pending)
             self._pending = []
         self._written_at = time.monotonic()
+
+
+def _try_lock(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _completions_table(completions: Sequence[Completion]) -> pa.Table:

@@ -133,7 +133,7 @@ def test_shard_marked_failed_stops_at_once_and_goes_on_when_cleared(server: Airf
 @pytest.fixture
 def page(server: AirflowServer) -> Iterator[Any]:
     """A page of a signed-in browser."""
-    sync_api: Any = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    sync_api: Any = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed; tests/dags/install_browser.sh brings it")

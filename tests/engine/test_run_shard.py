@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from blendserve.engine import shard_folder
 from blendserve.engine.run_shard import Progress, main, run_shard
 from blendserve.errors import Interrupted, OutputError, PlanError
 from blendserve.manifest import ShardManifest, read_manifest
@@ -177,7 +178,8 @@ def test_the_last_line_of_stdout_is_the_manifest(
     assert main([str(plan_dir.parent), "0"]) == 2
 
 
-def test_a_second_process_is_kept_out(plan_dir: Path) -> None:
+def test_a_second_process_is_kept_out(plan_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_folder, "LOCK_SECONDS", 0.3)
     folder = plan_dir.parent / "completions/shard-00000"
     folder.mkdir(parents=True)
     with (folder / ".lock").open("w") as lock:
