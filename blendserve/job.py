@@ -9,10 +9,7 @@ there is done: calling it again only reports, which is what makes a job that was
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,12 +23,13 @@ from blendserve.extract import RequestReader, extract_requests
 from blendserve.input_files import open_input
 from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, check_claimable, claim, holding, read_record, versions, writing_to
-from blendserve.manifest import PlanManifest, ShardManifest, read_manifest, replacing, write_manifest
+from blendserve.manifest import PlanManifest, ShardManifest, read_json, read_manifest, replacing, write_manifest
 from blendserve.merge import check_ids_are_unique, merge_results
 from blendserve.models.config import ModelConfig
 from blendserve.models.source import resolve_model
 from blendserve.schemas import RESULT_COLUMNS
 from blendserve.spec import JobSpec
+from blendserve.step import step, timings
 
 Announce = Callable[[str, dict[str, Any]], None]
 
@@ -107,7 +105,7 @@ def extract(spec: JobSpec) -> dict[str, Any]:
     folder = JobFolder(Path(spec.output).absolute())
     files = open_input(spec.input)
     claim(folder, JobRecord.of(spec, files, resolve_model(spec.model)))
-    with _step(folder, "extract", "input_rows", "requests") as is_done:
+    with step(folder, "extract", "input_rows", "requests") as is_done:
         if not is_done:
             extract_requests(spec, files, folder)
             check_ids_are_unique(folder)
@@ -119,7 +117,7 @@ def tokenize(root: Path) -> dict[str, Any]:
     from blendserve.tokenizer import PromptTokenizer, tokenize_requests
 
     folder, record = _open(root)
-    with _step(folder, "tokenize", "tokenized_requests", "rejected_requests") as is_done:
+    with step(folder, "tokenize", "tokenized_requests", "rejected_requests") as is_done:
         if not is_done:
             tokenize_requests(folder, PromptTokenizer.load(Path(record.model_folder), record.spec))
     return {
@@ -134,11 +132,11 @@ def analyze(root: Path) -> dict[str, Any]:
 
     folder, record = _open(root)
     summary = folder.work / "prefix_summary.json"
-    with _step(folder, "analyze", "sorted_requests", "prefix_nodes") as is_done:
+    with step(folder, "analyze", "sorted_requests", "prefix_nodes") as is_done:
         if not is_done or not summary.is_file():
             found = analyze_prefixes(folder, dedupe=record.spec.temperature == 0.0)
             write_manifest(summary, asdict(found))
-    return _read_json(summary)
+    return read_json(summary)
 
 
 def choose_sample(root: Path) -> dict[str, Any]:
@@ -174,7 +172,7 @@ def run_sample(
         return {"num_requests": 0, "is_skipped": True}
     chosen = choose_sample(root)
     if chosen["num_requests"]:
-        with _step(folder, "sample"):
+        with step(folder, "sample"):
             run_shard(folder.sample, 0, on_progress=on_progress, should_stop=should_stop)
     return chosen
 
@@ -189,7 +187,7 @@ def plan(root: Path, *, is_preview: bool = False) -> PlanManifest:
     folder, record = _open(root)
     if (folder.plan / "plan.json").is_file():
         return read_manifest(folder.plan / "plan.json", PlanManifest)
-    with _step(folder, "plan"):
+    with step(folder, "plan"):
         made = make_plan(folder, record.spec, Path(record.model_folder))
         if is_preview:
             (folder.plan / _PREVIEW).touch()
@@ -216,7 +214,7 @@ def merge(root: Path, *, allow_missing: bool = False) -> dict[str, Any]:
     folder, record = _open(root)
     if folder.success.is_file():
         return {**_read_final_manifest(folder)["counts"], "path": str(folder.results)}
-    with _step(folder, "merge"):
+    with step(folder, "merge"):
         merged = merge_results(folder, allow_missing=allow_missing)
     write_manifest(
         folder.manifest,
@@ -229,7 +227,7 @@ def merge(root: Path, *, allow_missing: bool = False) -> dict[str, Any]:
             "spec": record.spec.model_dump(mode="json"),
             "model_folder": record.model_folder,
             "plan": read_manifest(folder.plan / "plan.json", PlanManifest).summary,
-            "timings_seconds": _timings(folder),
+            "timings_seconds": timings(folder),
             "versions": versions(),
             "results": [str(path.relative_to(folder.root)) for path in sorted(folder.results.glob("*.parquet"))],
         },
@@ -242,7 +240,7 @@ def report(root: Path) -> Path:
     from blendserve.report.page import write_report
 
     folder, _ = _open(root)
-    with _step(folder, "report"):
+    with step(folder, "report"):
         write_report(folder)
     return folder.report
 
@@ -285,22 +283,6 @@ def _open(root: Path) -> tuple[JobFolder, JobRecord]:
     return folder, read_record(folder)
 
 
-@contextmanager
-def _step(folder: JobFolder, name: str, *relations: str) -> Iterator[bool]:
-    """Yield whether the step's relations are all there; time the step when it has to run."""
-    if relations and all(folder.relation(relation).is_file() for relation in relations):
-        yield True
-        return
-    started = time.perf_counter()
-    with writing_to(folder.root):
-        yield False
-    write_manifest(folder.timings, {**_timings(folder), name: round(time.perf_counter() - started, 3)})
-
-
-def _timings(folder: JobFolder) -> dict[str, float]:
-    return _read_json(folder.timings) if folder.timings.is_file() else {}
-
-
 def _num_rows(folder: JobFolder, relation: str) -> int:
     return int(pq.read_metadata(folder.relation(relation)).num_rows)
 
@@ -310,9 +292,4 @@ def _read_final_manifest(folder: JobFolder) -> dict[str, Any]:
         raise OutputError(
             f"{folder.manifest} is not there: the job in {folder.root} is not merged yet. Run merge first."
         )
-    return _read_json(folder.manifest)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return read_json(folder.manifest)

@@ -92,6 +92,12 @@ def read_manifest(path: Path, kind: type[ManifestT]) -> ManifestT:
         ) from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
 def write_manifest(path: Path, manifest: BaseModel | dict[str, Any]) -> None:
     """Write `manifest` as JSON, all of it or nothing."""
     content = manifest.model_dump(mode="json") if isinstance(manifest, BaseModel) else manifest

@@ -52,6 +52,28 @@ def test_batch_answers_every_row(airflow_environment: dict[str, str], workspace:
     assert (job / "report.html").is_file()
 
 
+def test_airflow_dags_test_runs_the_dag(airflow_environment: dict[str, str], workspace: Path, tiny_model: Path) -> None:
+    """Airflow's own command, with nothing of ours around it."""
+    params = {"input": "requests.parquet", "output": "out/job", "model": str(tiny_model), "max_tokens": 3}
+    done = subprocess.run(
+        [sys.executable, "-m", "airflow", "dags", "test", "blendserve_batch", "--conf", json.dumps(params)],
+        cwd=workspace,
+        env=airflow_environment
+        | {
+            "AIRFLOW_HOME": airflow_environment["BLENDSERVE_AIRFLOW_HOME"],
+            "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        },
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (workspace / "out/job/_SUCCESS").is_file()
+    assert pq.read_table(workspace / "out/job/results").num_rows == 12
+
+
 def test_own_dag_stopped_in_mid_shard_goes_on(
     airflow_environment: dict[str, str], workspace: Path, tiny_model: Path
 ) -> None:

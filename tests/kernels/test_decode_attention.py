@@ -17,7 +17,7 @@ from tests.kernels.paged_requests import ATTENTION_TOLERANCE, HALF_DTYPES, make_
 CONTEXT_LENS = [1, 63, 0, 130, 16]
 
 
-def _check(
+def check_decode_attention(
     context_lens: list[int],
     *,
     group_size: int = 4,
@@ -50,29 +50,31 @@ def _check(
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("group_size", [1, 3, 4, 7, 8])
 def test_decode_attention_of_group_and_head_sizes(group_size: int, head_dim: int, device: torch.device) -> None:
-    _check(CONTEXT_LENS, group_size=group_size, head_dim=head_dim, device=device)
+    check_decode_attention(CONTEXT_LENS, group_size=group_size, head_dim=head_dim, device=device)
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("block_size", [16, 64, 128])
 def test_decode_attention_of_dtypes_and_block_sizes(dtype: torch.dtype, block_size: int, device: torch.device) -> None:
-    _check([1, 300, 64, 129], head_dim=128, block_size=block_size, dtype=dtype, device=device)
+    check_decode_attention([1, 300, 64, 129], head_dim=128, block_size=block_size, dtype=dtype, device=device)
 
 
 @pytest.mark.parametrize("use_tma", [False, True])
 @pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 64])
 def test_decode_attention_cut_into_programs(num_programs: int, use_tma: bool, device: torch.device) -> None:
-    _check(CONTEXT_LENS, block_size=32, num_programs=num_programs, use_tma=use_tma, device=device)
+    check_decode_attention(CONTEXT_LENS, block_size=32, num_programs=num_programs, use_tma=use_tma, device=device)
 
 
 @pytest.mark.parametrize("use_tma", [False, True])
 def test_decode_attention_of_one_long_request(use_tma: bool, device: torch.device) -> None:
     # The second launch finds the counters of the plan as the first one left them.
-    _check([700], num_kv_heads=1, block_size=64, num_programs=9, num_launches=2, use_tma=use_tma, device=device)
+    check_decode_attention(
+        [700], num_kv_heads=1, block_size=64, num_programs=9, num_launches=2, use_tma=use_tma, device=device
+    )
 
 
 def test_decode_attention_of_empty_contexts(device: torch.device) -> None:
-    _check([0, 0, 0], device=device)
+    check_decode_attention([0, 0, 0], device=device)
 
 
 def test_decode_attention_refuses_descriptors_over_tiles_that_cross_blocks(device: torch.device) -> None:

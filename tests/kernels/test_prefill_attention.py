@@ -14,7 +14,7 @@ from blendserve_kernels.triton_kernels.prefill_attention import (
 from tests.kernels.paged_requests import ATTENTION_TOLERANCE, HALF_DTYPES, make_paged_requests
 
 
-def _check(
+def check_prefill_attention(
     context_lens: list[int],
     chunk_lens: list[int],
     *,
@@ -41,25 +41,29 @@ def _check(
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("group_size", [1, 3, 4, 7, 8])
 def test_prefill_attention_of_group_and_head_sizes(group_size: int, head_dim: int, device: torch.device) -> None:
-    _check([1, 63, 100, 40], [1, 63, 30, 0], group_size=group_size, head_dim=head_dim, device=device)
+    check_prefill_attention([1, 63, 100, 40], [1, 63, 30, 0], group_size=group_size, head_dim=head_dim, device=device)
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("block_size", [16, 64, 128])
 def test_prefill_attention_of_dtypes_and_block_sizes(dtype: torch.dtype, block_size: int, device: torch.device) -> None:
-    _check([33, 200, 150], [33, 80, 1], head_dim=128, block_size=block_size, dtype=dtype, device=device)
+    check_prefill_attention(
+        [33, 200, 150], [33, 80, 1], head_dim=128, block_size=block_size, dtype=dtype, device=device
+    )
 
 
 @pytest.mark.parametrize("use_tma", [False, True])
 def test_prefill_attention_of_one_long_prompt(use_tma: bool, device: torch.device) -> None:
     shape = PrefillShape(use_tma=use_tma, rows=128, tile=32, num_stages=2, num_warps=4)
-    _check([1000], [1000], group_size=2, num_kv_heads=1, block_size=32, shape=shape, device=device)
+    check_prefill_attention([1000], [1000], group_size=2, num_kv_heads=1, block_size=32, shape=shape, device=device)
 
 
 @pytest.mark.parametrize("use_tma", [False, True])
 def test_prefill_attention_of_chunks_over_cached_prefixes(use_tma: bool, device: torch.device) -> None:
     shape = PrefillShape(use_tma=use_tma, rows=64, tile=32, num_stages=2, num_warps=4)
-    _check([511, 97, 200, 5], [63, 33, 1, 5], num_kv_heads=1, block_size=32, shape=shape, device=device)
+    check_prefill_attention(
+        [511, 97, 200, 5], [63, 33, 1, 5], num_kv_heads=1, block_size=32, shape=shape, device=device
+    )
 
 
 def test_prefill_attention_takes_larger_tiles_for_longer_chunks() -> None:
