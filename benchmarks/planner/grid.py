@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from provenance import provenance
 from synthetic import job_of
 
 from blendserve.planner.database import open_database
@@ -53,6 +52,7 @@ def main() -> None:
     parser.add_argument("--hardware", default="a100-80gb")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
+    origin = provenance()
     machine = simulated_machine(
         load_model_shape(arguments.model), load_hardware(arguments.hardware), is_overlapped=True
     )
@@ -68,11 +68,7 @@ def main() -> None:
                 print(density, sharing, *(round(point[name], 4) for name in ("speedup", "sharing_kept", "over_bound")))
     speedups = [point["speedup"] for point in points]
     result = {
-        "machine": "2-core x86-64 CPU",
-        "command": f"python benchmarks/planner/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
+        **origin,
         "seconds": time.monotonic() - started,
         "mean_speedup": float(np.mean(speedups)),
         "least_speedup": min(speedups),

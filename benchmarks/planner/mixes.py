@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from provenance import provenance
 from synthetic import job_of
 
 from blendserve.planner.database import open_database
@@ -70,6 +69,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
+    origin = provenance()
     started = time.monotonic()
     rows = []
     for model in MODELS:
@@ -77,11 +77,7 @@ def main() -> None:
             rows.append(simulate_workload(model, workload, arguments.requests))
             print(rows[-1], flush=True)
     result = {
-        "machine": "2-core x86-64 CPU",
-        "command": f"python benchmarks/planner/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
+        **origin,
         "seconds": time.monotonic() - started,
         "workloads": {name: dict(zip(("density", "sharing"), pair, strict=True)) for name, pair in WORKLOADS.items()},
         "rows": rows,

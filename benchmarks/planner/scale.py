@@ -20,6 +20,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from provenance import provenance
 
 from blendserve.job_folder import JobFolder
 from blendserve.planner.analyze import analyze
@@ -114,14 +115,12 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps({**figures, "peak_memory_bytes": peak}))
         return
+    origin = provenance()
     with TemporaryDirectory(dir=arguments.folder) as root:
         write_table(JobFolder(Path(root)), arguments.requests, arguments.tokens)
         figures = {name: measure(name, root) for name in MEASUREMENTS}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     result = {
-        "machine": "2-core x86-64 CPU",
-        "command": f"python benchmarks/planner/scale.py --requests {arguments.requests} --tokens {arguments.tokens}",
-        "commit": commit,
+        **origin,
         **figures,
         "times_duckdb": figures["planner"]["seconds"] / figures["duckdb"]["seconds"],
     }
