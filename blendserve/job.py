@@ -19,14 +19,12 @@ import pyarrow.parquet as pq
 
 from blendserve.engine_process import Progress, find_plan, run_shard_process
 from blendserve.errors import OutputError, ReconciliationError
-from blendserve.extract import RequestReader, extract_requests
-from blendserve.input_files import open_input
+from blendserve.extract import extract_requests
 from blendserve.job_folder import JobFolder
-from blendserve.job_record import JobRecord, check_claimable, claim, holding, read_record, versions, writing_to
+from blendserve.job_record import JobRecord, claim, holding, read_record, versions, writing_to
 from blendserve.manifest import PlanManifest, ShardManifest, read_json, read_manifest, replacing, write_manifest
 from blendserve.merge import check_ids_are_unique, merge_results
-from blendserve.models.config import ModelConfig
-from blendserve.models.source import resolve_model
+from blendserve.preflight import ExaminedJob, examine
 from blendserve.schemas import RESULT_COLUMNS
 from blendserve.spec import JobSpec
 from blendserve.step import step, timings
@@ -47,10 +45,10 @@ def run(
     On a finished job this does nothing but return the manifest with `already_done` set.
     """
     announce = on_step or (lambda _step, _result: None)
-    folder = JobFolder(Path(spec.output).absolute())
+    examined = examine(spec)
+    folder = examined.folder
     with holding(folder):
-        preflight(spec)
-        announce("extract", extract(spec))
+        announce("extract", _extract(examined))
         if folder.success.is_file():
             return {**_read_final_manifest(folder), "already_done": True}
         announce("tokenize", tokenize(folder.root))
@@ -69,10 +67,10 @@ def run(
 def preview(spec: JobSpec, *, on_step: Announce | None = None) -> PlanManifest:
     """Plan the job without running anything. A later `run` plans again, with the lengths that its sample shows."""
     announce = on_step or (lambda _step, _result: None)
-    folder = JobFolder(Path(spec.output).absolute())
+    examined = examine(spec)
+    folder = examined.folder
     with holding(folder):
-        preflight(spec)
-        announce("extract", extract(spec))
+        announce("extract", _extract(examined))
         announce("tokenize", tokenize(folder.root))
         announce("analyze", analyze(folder.root))
         made = plan(folder.root, is_preview=True)
@@ -85,31 +83,19 @@ def preflight(spec: JobSpec) -> dict[str, Any]:
 
     Raises InputError, UsageError, ModelError or OutputError; changes nothing but creating the output folder.
     """
-    files = open_input(spec.input)
-    RequestReader.of(spec, files.schema)
-    model_folder = resolve_model(spec.model)
-    config = ModelConfig.load(model_folder)
-    folder = JobFolder(Path(spec.output).absolute())
-    check_claimable(folder, JobRecord.of(spec, files, model_folder))
+    examined = examine(spec)
     return {
-        "num_files": len(files.paths),
-        "num_rows": files.num_rows,
-        "architecture": config.architecture,
-        "model_folder": str(model_folder),
-        "output": str(folder.root),
+        "num_files": len(examined.files.paths),
+        "num_rows": examined.files.num_rows,
+        "architecture": examined.architecture,
+        "model_folder": examined.record.model_folder,
+        "output": str(examined.folder.root),
     }
 
 
 def extract(spec: JobSpec) -> dict[str, Any]:
     """Claim the output folder; copy the input rows and make a request of each: `input_rows`, `requests`."""
-    folder = JobFolder(Path(spec.output).absolute())
-    files = open_input(spec.input)
-    claim(folder, JobRecord.of(spec, files, resolve_model(spec.model)))
-    with step(folder, "extract", "input_rows", "requests") as is_done:
-        if not is_done:
-            extract_requests(spec, files, folder)
-            check_ids_are_unique(folder)
-    return {"root": str(folder.root), "num_rows": _num_rows(folder, "requests")}
+    return _extract(examine(spec))
 
 
 def tokenize(root: Path) -> dict[str, Any]:
@@ -268,6 +254,16 @@ def show(root: Path, num_rows: int) -> dict[str, Any]:
     rows = results.take([position * total // num_rows for position in range(min(num_rows, total))]).to_pylist()
     shards = [read_manifest(path, ShardManifest) for path in sorted(folder.completions.glob("shard-*/shard.json"))]
     return {"rows": rows, "manifest": manifest, "real_seconds": sum(shard.seconds for shard in shards)}
+
+
+def _extract(examined: ExaminedJob) -> dict[str, Any]:
+    folder = examined.folder
+    claim(folder, examined.record)
+    with step(folder, "extract", "input_rows", "requests") as is_done:
+        if not is_done:
+            extract_requests(examined.record.spec, examined.files, folder)
+            check_ids_are_unique(folder)
+    return {"root": str(folder.root), "num_rows": _num_rows(folder, "requests")}
 
 
 def _drop_preview(folder: JobFolder) -> None:

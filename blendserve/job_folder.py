@@ -51,6 +51,10 @@ class JobFolder:
     def completions(self) -> Path:
         return self.root / "completions"
 
+    def completion_files(self) -> list[Path]:
+        """The finished part files of the sample and of all shards."""
+        return sorted(self.completions.glob("**/part-*.parquet"))
+
     @property
     def results(self) -> Path:
         return self.root / "results"

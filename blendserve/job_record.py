@@ -90,18 +90,21 @@ def claim(folder: JobFolder, record: JobRecord) -> None:
 
 def check_claimable(folder: JobFolder, record: JobRecord) -> None:
     """`claim` without changing anything but creating the folder itself."""
+    probe = folder.root / ".writable"
     with writing_to(folder.root):
         folder.root.mkdir(parents=True, exist_ok=True)
-        probe = folder.root / ".writable"
-        probe.touch()
-        probe.unlink()
+        names = {path.name for path in folder.root.iterdir()}
     if not folder.job.is_file():
-        foreign = sorted(path.name for path in folder.root.iterdir() if path != folder.lock)
+        foreign = sorted(names - {folder.lock.name, probe.name})
         if foreign:
             raise OutputError(
                 f"Output folder {folder.root} is not empty and holds no job of ours ({', '.join(foreign[:5])}"
                 f"{', …' if len(foreign) > 5 else ''}). Give a new or empty folder; nothing was touched."
             )
+    with writing_to(folder.root):
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another run may have looked at the same moment
+    if not folder.job.is_file():
         return
     earlier = read_record(folder)
     if earlier.fingerprint != record.fingerprint and not record.spec.force:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -55,11 +54,6 @@ def check_ids_are_unique(folder: JobFolder) -> None:
         )
 
 
-def completion_files(folder: JobFolder) -> list[Path]:
-    """The finished part files of the sample and of all shards."""
-    return sorted(folder.completions.glob("**/part-*.parquet"))
-
-
 def merge_results(folder: JobFolder, *, allow_missing: bool) -> MergedResults:
     """Write `results/part-*.parquet`: the input's columns and RESULT_COLUMNS, in input order.
 
@@ -99,7 +93,7 @@ def _joined_batches(folder: JobFolder) -> Iterator[tuple[pa.Table, pa.ChunkedArr
         open_database(folder.work) as connection,
         pq.ParquetFile(folder.relation("input_rows")) as input_rows,
     ):
-        files = [str(path) for path in completion_files(folder)]
+        files = [str(path) for path in folder.completion_files()]
         connection.register("completions", pads.dataset(files, schema=COMPLETIONS, format="parquet"))
         names = ("requests", "rejected_requests", "sorted_requests")
         paths = {name: str(folder.relation(name)) for name in names}

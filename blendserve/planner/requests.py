@@ -41,7 +41,7 @@ class RequestStates:
 
 def read_request_states(database: duckdb.DuckDBPyConnection, folder: JobFolder) -> RequestStates:
     """Join the relations of the earlier steps with the completions that exist already."""
-    files = sorted(str(path) for path in folder.completions.glob("**/part-*.parquet"))
+    files = [str(path) for path in folder.completion_files()]
     completed = (
         compute(database, "completed_requests", parameters={"completions": files})
         if files

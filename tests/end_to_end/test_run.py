@@ -220,6 +220,8 @@ def test_bad_jobs_stop_before_any_work(
     assert message in done.result["error"]
     assert message in done.stderr
     assert not (tmp_path / "out" / "work").exists()
+    if break_it is _foreign_output:
+        assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["data.csv"]
 
 
 def test_usage_errors_end_with_status_two(blendserve: Blendserve) -> None:

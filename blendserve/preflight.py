@@ -1,0 +1,36 @@
+"""All that can be checked before any work starts: input, columns, template, model, output folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from blendserve.extract import RequestReader
+from blendserve.input_files import InputFiles, open_input
+from blendserve.job_folder import JobFolder
+from blendserve.job_record import JobRecord, check_claimable
+from blendserve.models.config import ModelConfig
+from blendserve.models.source import resolve_model
+from blendserve.spec import JobSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ExaminedJob:
+    """A job that passed every check, with what was found, so that nothing is read or hashed twice."""
+
+    folder: JobFolder
+    files: InputFiles
+    record: JobRecord
+    architecture: str
+
+
+def examine(spec: JobSpec) -> ExaminedJob:
+    """Raises InputError, UsageError, ModelError or OutputError; changes nothing but creating the output folder."""
+    files = open_input(spec.input)
+    RequestReader.of(spec, files.schema)
+    model_folder = resolve_model(spec.model)
+    architecture = ModelConfig.load(model_folder).architecture
+    folder = JobFolder(Path(spec.output).absolute())
+    record = JobRecord.of(spec, files, model_folder)
+    check_claimable(folder, record)
+    return ExaminedJob(folder, files, record, architecture)
