@@ -47,6 +47,16 @@ def check_inner_contiguous(name: str, tensor: torch.Tensor, num_inner_dimensions
         expected_stride *= size
 
 
+def check_out(out: torch.Tensor | None, q: torch.Tensor) -> None:
+    """Check where attention over q is to be written, if anywhere: like q, but without gaps."""
+    if out is None:
+        return
+    check_shape("out", out, q.shape)
+    check_dtype("out", out, q.dtype)
+    check_same_device("q", q, out=out)
+    check_inner_contiguous("out", out, 3)
+
+
 def check_kv_cache(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
     """Check a layer's caches [num_blocks, num_kv_heads, block_size, head_dim] against q [T, num_heads, head_dim]."""
     check_rank("q", q, "[num_tokens, num_heads, head_dim]")

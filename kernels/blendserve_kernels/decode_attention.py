@@ -11,6 +11,7 @@ from blendserve_kernels.argument_checks import (
     check_dtype,
     check_inner_contiguous,
     check_kv_cache,
+    check_out,
     check_rank,
     check_same_device,
     check_shape,
@@ -58,6 +59,7 @@ def decode_attention(
     scale: float,
     num_programs: int | None = None,
     plan: DecodePlan | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the attention output of B single-token queries, [B, num_heads, head_dim].
 
@@ -66,12 +68,14 @@ def decode_attention(
     request of context 0 (a padding row of a captured batch) gives zeros. Cache content beyond a context is never used.
     num_programs: how many SMs of the GPU the kernel may take, all by default; ignored on the CPU.
     plan: what `plan_decode` returned for this step, so that its layers share it; without one each call makes its own.
+    out: written and returned if given, contiguous, like q; a view of the rows of a larger buffer will do.
     """
     check_kv_cache(q, k_cache, v_cache)
+    check_out(out, q)
     _check_table(block_table, context_lens, q.shape[0])
     check_same_device("q", q, k_cache=k_cache, v_cache=v_cache, block_table=block_table, context_lens=context_lens)
     if q.is_cuda:
         from blendserve_kernels.triton_kernels.decode_attention import decode_attention_triton
 
-        return decode_attention_triton(q, k_cache, v_cache, block_table, context_lens, scale, num_programs, plan)
-    return reference.decode_attention(q, k_cache, v_cache, block_table, context_lens, scale)
+        return decode_attention_triton(q, k_cache, v_cache, block_table, context_lens, scale, num_programs, plan, out)
+    return reference.decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, out)

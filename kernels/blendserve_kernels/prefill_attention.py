@@ -9,6 +9,7 @@ from blendserve_kernels.argument_checks import (
     check_dtype,
     check_inner_contiguous,
     check_kv_cache,
+    check_out,
     check_rank,
     check_same_device,
     check_shape,
@@ -24,17 +25,22 @@ def prefill_attention(
     context_lens: torch.Tensor,
     scale: float,
     max_seqlen_q: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the attention output of B ragged chunks, T query tokens in all, [T, num_heads, head_dim].
+    """Return the attention output of B ragged chunks among T query tokens, [T, num_heads, head_dim].
 
     q: [T, num_heads, head_dim]; the chunk of request b is q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]].
     k_cache, v_cache: [num_blocks, num_kv_heads, block_size, head_dim]. block_table: int32 [B, max_blocks].
-    cu_seqlens_q: int32 [B + 1]. context_lens: int32 [B], tokens of the request in the cache including this chunk, so
+    cu_seqlens_q: int32 [B + 1], from 0 or more to T or less; rows of q before the first chunk and behind the last one
+    are neither read nor written. A chunk may be empty, its context too: so padding is marked, behind the real chunks.
+    context_lens: int32 [B], tokens of the request in the cache including this chunk, so
     query i of request b sits at position context_lens[b] - chunk_length + i and sees the keys up to its own.
-    max_seqlen_q: the longest chunk, an upper bound on the host. Cache content beyond a context is never used.
-    Rows of q beyond cu_seqlens_q[B] give undefined output.
+    max_seqlen_q: an upper bound of the longest chunk, on the host; it decides how fast, not what comes out.
+    out: written and returned if given, contiguous, like q. Without it the rows outside every chunk are undefined.
+    Cache content beyond a context is never used.
     """
     check_kv_cache(q, k_cache, v_cache)
+    check_out(out, q)
     check_rank("block_table", block_table, "[num_requests, max_blocks]")
     num_requests = block_table.shape[0]
     check_shape("cu_seqlens_q", cu_seqlens_q, [num_requests + 1])
@@ -56,6 +62,6 @@ def prefill_attention(
         from blendserve_kernels.triton_kernels.prefill_attention import prefill_attention_triton
 
         return prefill_attention_triton(
-            q, k_cache, v_cache, block_table, cu_seqlens_q, context_lens, scale, max_seqlen_q
+            q, k_cache, v_cache, block_table, cu_seqlens_q, context_lens, scale, max_seqlen_q, out=out
         )
-    return reference.prefill_attention(q, k_cache, v_cache, block_table, cu_seqlens_q, context_lens, scale)
+    return reference.prefill_attention(q, k_cache, v_cache, block_table, cu_seqlens_q, context_lens, scale, out)

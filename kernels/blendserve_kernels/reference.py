@@ -80,9 +80,11 @@ def prefill_attention(
     cu_seqlens_q: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Twin of `prefill_attention.prefill_attention`; loops over the requests."""
-    out = torch.zeros_like(q)
+    if out is None:
+        out = torch.zeros_like(q)
     block_size = k_cache.shape[2]
     starts = cu_seqlens_q.tolist()
     for request, context_len in enumerate(context_lens.tolist()):
@@ -124,10 +126,11 @@ def decode_attention(
     block_table: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Twin of `decode_attention.decode_attention`; works through sub-batches of similar context length."""
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q) if out is None else out.zero_()
     lengths = context_lens.tolist()
     longest_first = sorted((b for b in range(len(lengths)) if lengths[b] > 0), key=lambda b: -lengths[b])
     while longest_first:
@@ -172,6 +175,11 @@ def _decode_padded(
 def greedy(logits: torch.Tensor) -> torch.Tensor:
     """Twin of `sampling.greedy`."""
     return logits.argmax(dim=-1)
+
+
+def is_finite(logits: torch.Tensor) -> torch.Tensor:
+    """Twin of the second result of `sampling.greedy_checked` and `sampling.sample_checked`."""
+    return torch.isfinite(logits).all(dim=-1)
 
 
 def _as_int64(value: int) -> int:

@@ -18,13 +18,31 @@ from blendserve_kernels.argument_checks import (
 )
 
 
-def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """Return the first index of the largest logit of each row, int64 [num_rows], for logits [num_rows, vocab_size]."""
+def _check_logits(logits: torch.Tensor) -> None:
     check_rank("logits", logits, "[num_rows, vocab_size]")
-    return reference.greedy(logits)
+    check_inner_contiguous("logits", logits, 1)
 
 
-def sample(
+def greedy_checked(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (token_ids, is_finite): the first index of the largest logit of each row, and whether the row is sound.
+
+    logits: [num_rows, vocab_size] of any float dtype, taken as it is. token_ids: int64 [num_rows], arbitrary but within
+    the vocabulary where a row holds NaN. is_finite: bool [num_rows], False where a row holds NaN or an infinity.
+    """
+    _check_logits(logits)
+    if logits.is_cuda:
+        from blendserve_kernels.triton_kernels.sampling import greedy_triton
+
+        return greedy_triton(logits)
+    return reference.greedy(logits), reference.is_finite(logits)
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """Return the token ids of `greedy_checked` alone."""
+    return greedy_checked(logits)[0]
+
+
+def sample_checked(
     logits: torch.Tensor,
     temperature: torch.Tensor,
     top_k: torch.Tensor,
@@ -32,17 +50,17 @@ def sample(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-) -> torch.Tensor:
-    """Return one token id per row, int64 [num_rows], for logits [num_rows, vocab_size].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (token_ids, is_finite), int64 and bool [num_rows] as `greedy_checked` does, one draw per row.
 
+    logits: [num_rows, vocab_size] of any float dtype, taken as it is.
     temperature: float32 [num_rows], 0 = greedy. top_k: int32 [num_rows], 0 = off: keep the k largest.
     top_p: float32 [num_rows], 1 = off: of those keep the fewest largest whose probability reaches p.
     min_p: float32 [num_rows], 0 = off: of those keep the ones at least min_p times as likely as the likeliest.
     Ties with the last kept logit are kept.
     seeds, positions: int64 [num_rows]; position is the index of the token being generated.
     """
-    check_rank("logits", logits, "[num_rows, vocab_size]")
-    check_inner_contiguous("logits", logits, 1)
+    _check_logits(logits)
     expected_dtypes = {
         "temperature": (temperature, torch.float32),
         "top_k": (top_k, torch.int32),
@@ -59,4 +77,18 @@ def sample(
         from blendserve_kernels.triton_kernels.sampling import sample_triton
 
         return sample_triton(logits, temperature, top_k, top_p, min_p, seeds, positions)
-    return reference.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    token_ids = reference.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    return token_ids, reference.is_finite(logits)
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Return the token ids of `sample_checked` alone."""
+    return sample_checked(logits, temperature, top_k, top_p, min_p, seeds, positions)[0]

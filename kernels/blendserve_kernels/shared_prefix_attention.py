@@ -11,6 +11,7 @@ from blendserve_kernels.argument_checks import (
     check_dtype,
     check_inner_contiguous,
     check_kv_cache,
+    check_out,
     check_rank,
     check_same_device,
     check_shape,
@@ -79,6 +80,7 @@ def shared_prefix_decode_attention(
     scale: float,
     num_programs: int | None = None,
     plan: SharedPrefixPlan | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what `decode_attention` returns for the same arguments, [B, num_heads, head_dim].
 
@@ -89,6 +91,7 @@ def shared_prefix_decode_attention(
     `decode_attention`; `plan` is what `plan_shared_prefix` returned for this step.
     """
     check_kv_cache(q, k_cache, v_cache)
+    check_out(out, q)
     check_shape("block_table", block_table, [q.shape[0], *block_table.shape[1:]])
     _check_groups(block_table, context_lens, prefix_lens, group_starts, group_sizes)
     check_same_device("q", q, k_cache=k_cache, v_cache=v_cache, block_table=block_table)
@@ -107,5 +110,6 @@ def shared_prefix_decode_attention(
             scale,
             num_programs,
             plan,
+            out,
         )
-    return reference.decode_attention(q, k_cache, v_cache, block_table, context_lens, scale)
+    return reference.decode_attention(q, k_cache, v_cache, block_table, context_lens, scale, out)

@@ -47,6 +47,10 @@ def test_decode_attention_refuses_what_does_not_fit() -> None:
         decode_attention(Q.half(), CACHE, CACHE, TABLE, LENS, 1.0)
     with pytest.raises(ValueError, match="Invalid device of block_table: expected cpu like q, got meta"):
         decode_attention(Q, CACHE, CACHE, TABLE.to("meta"), LENS, 1.0)
+    with pytest.raises(ValueError, match=r"Invalid shape of out: expected \[3, 4, 16\], got \[4, 4, 16\]"):
+        decode_attention(Q, CACHE, CACHE, TABLE, LENS, 1.0, out=torch.zeros(4, 4, 16))
+    with pytest.raises(ValueError, match="Invalid strides of out"):
+        decode_attention(Q, CACHE, CACHE, TABLE, LENS, 1.0, out=torch.zeros(3, 5, 16)[:, :4])
 
 
 def test_prefill_attention_refuses_bounds_of_another_batch() -> None:

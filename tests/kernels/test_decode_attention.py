@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from blendserve_kernels import reference
+from blendserve_kernels.decode_attention import decode_attention
+from blendserve_kernels.shared_prefix_attention import shared_prefix_decode_attention
 from blendserve_kernels.triton_kernels.decode_attention import (
     choose_launch_shape,
     decode_attention_triton,
     plan_decode_triton,
     rows_of_group,
 )
+from blendserve_kernels.triton_kernels.shared_prefix_attention import shared_prefix_decode_attention_triton
 from tests.kernels.paged_requests import ATTENTION_TOLERANCE, HALF_DTYPES, make_paged_requests
 
 CONTEXT_LENS = [1, 63, 0, 130, 16]
@@ -88,3 +91,22 @@ def test_decode_attention_refuses_a_head_dim_that_is_no_power_of_two(device: tor
     table, lens = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match=r"expected head_dim 16, 32, 64, 128 or 256, got 80"):
         decode_attention_triton(torch.zeros(1, 2, 80, device=device), cache, cache, table, lens, 1.0)
+
+
+def test_decode_attention_writes_the_rows_that_it_is_given(device: torch.device) -> None:
+    requests = make_paged_requests(
+        [40, 0, 3, 0], num_kv_heads=2, head_dim=64, block_size=16, dtype=torch.float32, device=device
+    )
+    q = torch.randn(4, 8, 64, device=device)
+    arguments = (q, requests.k_cache, requests.v_cache, requests.block_table, requests.context_lens, 0.125)
+    expected = reference.decode_attention(*arguments)
+    none = torch.zeros(0, dtype=torch.int32, device=device)
+    shared = (*arguments[:5], torch.zeros_like(requests.context_lens), none, none, 0.125)
+    runs = [(decode_attention_triton, arguments), (decode_attention, arguments)]
+    runs += [(shared_prefix_decode_attention_triton, shared), (shared_prefix_decode_attention, shared)]
+    for run, given in runs:
+        buffer = torch.full((9, 8, 64), 8.0, device=device)
+        assert run(*given, out=buffer[:4]).data_ptr() == buffer.data_ptr()
+        torch.testing.assert_close(buffer[:4], expected, atol=2e-5, rtol=0)
+        assert torch.all(buffer[4:] == 8.0)
+        assert torch.all(buffer[1] == 0.0)

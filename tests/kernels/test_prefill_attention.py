@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from blendserve_kernels import reference
+from blendserve_kernels.prefill_attention import prefill_attention
 from blendserve_kernels.triton_kernels.prefill_attention import (
     PrefillShape,
     choose_prefill_shape,
@@ -92,3 +93,23 @@ def test_prefill_attention_of_chunks_in_pieces_equals_the_whole(device: torch.de
 
     pieces = torch.cat([run(0, 33), run(33, 34), run(34, 90)])
     torch.testing.assert_close(pieces, run(0, 90), atol=2e-5, rtol=0)
+
+
+def test_prefill_attention_writes_the_rows_of_its_chunks_only(device: torch.device) -> None:
+    # Decodes before the chunks, padding behind them: rows and requests of a captured batch.
+    requests = make_paged_requests(
+        [33, 1, 70, 0, 0], num_kv_heads=2, head_dim=64, block_size=16, dtype=torch.float32, device=device
+    )
+    bounds = torch.tensor([7, 40, 40, 45, 45, 45], dtype=torch.int32, device=device)
+    q = torch.full((61, 6, 64), torch.nan, device=device)
+    q[7:45] = torch.randn(38, 6, 64, device=device)
+    arguments = (q, requests.k_cache, requests.v_cache, requests.block_table, bounds, requests.context_lens, 0.125)
+    expected = reference.prefill_attention(
+        q[7:45], requests.k_cache, requests.v_cache, requests.block_table, bounds - 7, requests.context_lens, 0.125
+    )
+    for run in (prefill_attention_triton, prefill_attention):
+        buffer = torch.full((64, 6, 64), 8.0, device=device)
+        assert run(*arguments, 38, out=buffer[:61]).data_ptr() == buffer.data_ptr()
+        torch.testing.assert_close(buffer[7:45], expected, atol=2e-5, rtol=0)
+        assert torch.all(buffer[:7] == 8.0)
+        assert torch.all(buffer[45:] == 8.0)

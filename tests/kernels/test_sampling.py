@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from blendserve_kernels import reference
+from blendserve_kernels.sampling import greedy, greedy_checked, sample_checked
 from blendserve_kernels.triton_kernels import sampling
-from blendserve_kernels.triton_kernels.sampling import sample_triton
+from blendserve_kernels.triton_kernels.sampling import greedy_triton, sample_triton
 
 
 def _arguments(num_rows: int, device: torch.device, **settings: float) -> tuple[torch.Tensor, ...]:
@@ -40,21 +41,22 @@ def test_sample(
     monkeypatch.setattr(sampling, "_BLOCK", 512)  # several blocks a row
     logits = torch.randn(4, vocab_size + 5, device=device)[:, 5:] * 3  # rows apart
     arguments = _arguments(4, device, **settings)
-    assert torch.equal(sample_triton(logits, *arguments), reference.sample(logits, *arguments))
+    assert torch.equal(sample_triton(logits, *arguments)[0], reference.sample(logits, *arguments))
 
 
 def test_sample_of_half_precision_with_equal_and_forbidden_logits(device: torch.device) -> None:
     logits = torch.randint(-3, 3, (4, 200), device=device).to(torch.float16)
     logits[:, ::3] = -torch.inf
     arguments = _arguments(4, device, top_k=30, top_p=0.9)
-    ids = sample_triton(logits, *arguments)
+    ids, _is_finite = sample_triton(logits, *arguments)
     assert torch.equal(ids, reference.sample(logits, *arguments))
     assert torch.all(ids % 3 != 0)
 
 
 def test_sample_of_nan_stays_within_the_vocabulary(device: torch.device) -> None:
     logits = torch.full((2, 100), torch.nan, device=device)
-    ids = sample_triton(logits, *_arguments(2, device, top_p=0.5))
+    ids, is_finite = sample_triton(logits, *_arguments(2, device, top_p=0.5))
+    assert not is_finite.any()
     assert torch.all((ids >= 0) & (ids < 100))
 
 
@@ -62,4 +64,31 @@ def test_sample_mixes_greedy_and_drawn_rows(device: torch.device) -> None:
     logits = torch.randn(4, 300, device=device)
     arguments = list(_arguments(4, device))
     arguments[0] = torch.tensor([0.0, 1.0, 0.0, 0.5], device=device)
-    assert torch.equal(sample_triton(logits, *arguments), reference.sample(logits, *arguments))
+    assert torch.equal(sample_triton(logits, *arguments)[0], reference.sample(logits, *arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_greedy_takes_the_first_of_the_largest_logits(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_BLOCK", 128)
+    logits = torch.randint(-9, 9, (7, 512), device=device).to(dtype)[:, 5:]
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    for choose in (greedy_triton, greedy_checked):
+        ids, is_finite = choose(logits)
+        assert ids.tolist() == expected
+        assert is_finite.all()
+    assert greedy(logits).tolist() == expected
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_unsound_rows_are_named(value: float, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_BLOCK", 128)
+    logits = torch.randn(3, 300, device=device, dtype=torch.float16)
+    logits[1, 299] = value
+    arguments = _arguments(3, device, top_k=3)
+    results = [greedy_triton(logits), greedy_checked(logits)]
+    results += [sample_triton(logits, *arguments), sample_checked(logits, *arguments)]
+    for ids, is_finite in results:
+        assert is_finite.tolist() == [True, False, True]
+        assert torch.all((ids >= 0) & (ids < 300))

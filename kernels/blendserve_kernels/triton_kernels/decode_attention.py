@@ -710,9 +710,11 @@ def decode_attention_triton(
     scale: float,
     num_programs: int | None = None,
     plan: DecodePlan | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch `decode_attention.decode_attention`; arguments as there, unchecked. No host sync: safe to capture."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
     if plan is None:

@@ -107,13 +107,14 @@ def _prefill_attention_kernel(
     query_block = num_query_blocks - 1 - tl.program_id(0) // num_kv_heads
     kv_head = tl.program_id(0) % num_kv_heads
     all_requests = tl.arange(0, PADDED_REQUESTS)
-    all_starts = tl.load(cu_seqlens_q_ptr + all_requests, mask=all_requests < num_requests, other=0)
+    first_start = tl.load(cu_seqlens_q_ptr)
+    all_starts = tl.load(cu_seqlens_q_ptr + all_requests, mask=all_requests < num_requests, other=0) - first_start
     # At most one query block of a request is partial, so request b may begin at block start // BLOCK_TOKENS + b.
     is_begun = (all_starts // BLOCK_TOKENS + all_requests <= query_block) & (all_requests < num_requests)
     request = tl.sum(is_begun.to(tl.int32)) - 1
     q_begin = tl.load(cu_seqlens_q_ptr + request)
     q_len = tl.load(cu_seqlens_q_ptr + request + 1) - q_begin
-    first_token = (query_block - (q_begin // BLOCK_TOKENS + request)) * BLOCK_TOKENS
+    first_token = (query_block - ((q_begin - first_start) // BLOCK_TOKENS + request)) * BLOCK_TOKENS
     if first_token >= q_len:
         return
     context_len = tl.load(context_lens_ptr + request)
@@ -242,13 +243,15 @@ def prefill_attention_triton(
     scale: float,
     max_seqlen_q: int,
     shape: PrefillShape | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch `prefill_attention.prefill_attention`; arguments as there, unchecked. No host sync: safe to capture."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     num_requests = block_table.shape[0]
     check_head_dim(head_dim)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or num_requests == 0:
         return out
     shape = shape or choose_prefill_shape(k_cache, num_heads, max_seqlen_q)

@@ -85,6 +85,38 @@ def _bisect(
 
 
 @triton.jit
+def _largest(row_ptr, temperature, vocab_size, IS_SCALED: tl.constexpr, BLOCK: tl.constexpr):
+    """Return (largest logit, where it stands first, how many logits are NaN or infinite) of a row.
+
+    Every lane keeps its own best until the end: one reduction a row.
+    """
+    best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    best_token = tl.zeros([BLOCK], dtype=tl.int32)
+    num_unsound = tl.zeros([BLOCK], dtype=tl.int32)
+    for begin in tl.range(0, vocab_size, BLOCK):
+        if IS_SCALED:
+            token, logits = _scaled_block(row_ptr, begin, temperature, vocab_size, BLOCK)
+        else:
+            token = begin + tl.arange(0, BLOCK)
+            logits = tl.load(row_ptr + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
+        best_token = tl.where(logits > best, token, best_token)
+        best = tl.maximum(best, logits)
+        is_sound = (tl.abs(logits) < float("inf")) | (token >= vocab_size)
+        num_unsound += tl.where(is_sound, 0, 1)
+    largest = tl.max(best)
+    return largest, tl.min(tl.where(best == largest, best_token, vocab_size - 1)), tl.sum(num_unsound)
+
+
+@triton.jit
+def _greedy_kernel(logits_ptr, out_ptr, is_finite_ptr, row_stride, vocab_size, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + row.to(tl.int64) * row_stride
+    _value, token, num_unsound = _largest(row_ptr, 1.0, vocab_size, False, BLOCK)
+    tl.store(out_ptr + row, token)
+    tl.store(is_finite_ptr + row, num_unsound == 0)
+
+
+@triton.jit
 def _sample_kernel(
     logits_ptr,
     temperature_ptr,
@@ -94,6 +126,7 @@ def _sample_kernel(
     seeds_ptr,
     positions_ptr,
     out_ptr,
+    is_finite_ptr,
     row_stride,
     vocab_size,
     BLOCK: tl.constexpr,
@@ -104,14 +137,8 @@ def _sample_kernel(
     temperature = tl.load(temperature_ptr + row)
     is_greedy = temperature <= 0.0
     temperature = tl.where(is_greedy, 1.0, temperature)
-    largest = float("-inf")
-    first_largest = 0
-    for begin in tl.range(0, vocab_size, BLOCK):
-        token, scaled = _scaled_block(row_ptr, begin, temperature, vocab_size, BLOCK)
-        block_largest = tl.max(scaled)
-        block_first = tl.min(tl.where(scaled == block_largest, token, vocab_size - 1))
-        first_largest = tl.where(block_largest > largest, block_first, first_largest)
-        largest = tl.maximum(largest, block_largest)
+    largest, first_largest, num_unsound = _largest(row_ptr, temperature, vocab_size, True, BLOCK)
+    tl.store(is_finite_ptr + row, num_unsound == 0)
     if is_greedy:
         tl.store(out_ptr + row, first_largest)
         return
@@ -147,6 +174,25 @@ def _sample_kernel(
     tl.store(out_ptr + row, tl.minimum(drawn, last_kept))
 
 
+def _launch_shape(vocab_size: int) -> dict[str, int]:
+    return {"BLOCK": min(_BLOCK, int(triton.next_power_of_2(vocab_size))), "num_warps": 8}
+
+
+def _new_results(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rows = logits.shape[0]
+    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    return token_ids, torch.empty(num_rows, dtype=torch.bool, device=logits.device)
+
+
+def greedy_triton(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch `sampling.greedy_checked`; arguments as there, unchecked. No host sync: safe to capture."""
+    num_rows, vocab_size = logits.shape
+    out, is_finite = _new_results(logits)
+    if num_rows:
+        _greedy_kernel[(num_rows,)](logits, out, is_finite, logits.stride(0), vocab_size, **_launch_shape(vocab_size))
+    return out, is_finite
+
+
 def sample_triton(
     logits: torch.Tensor,
     temperature: torch.Tensor,
@@ -155,12 +201,12 @@ def sample_triton(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
-) -> torch.Tensor:
-    """Launch `sampling.sample`; arguments as there, unchecked. No host sync: safe to capture."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch `sampling.sample_checked`; arguments as there, unchecked. No host sync: safe to capture."""
     num_rows, vocab_size = logits.shape
-    out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    out, is_finite = _new_results(logits)
     if num_rows == 0:
-        return out
+        return out, is_finite
     _sample_kernel[(num_rows,)](
         logits,
         temperature,
@@ -170,9 +216,9 @@ def sample_triton(
         seeds,
         positions,
         out,
+        is_finite,
         logits.stride(0),
         vocab_size,
-        BLOCK=min(_BLOCK, int(triton.next_power_of_2(vocab_size))),
-        num_warps=8,
+        **_launch_shape(vocab_size),
     )
-    return out
+    return out, is_finite

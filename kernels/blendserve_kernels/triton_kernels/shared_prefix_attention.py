@@ -91,9 +91,11 @@ def shared_prefix_decode_attention_triton(
     scale: float,
     num_programs: int | None = None,
     plan: SharedPrefixPlan | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch `shared_prefix_attention.shared_prefix_decode_attention`; arguments as there, unchecked. No host sync."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
     if plan is None:
