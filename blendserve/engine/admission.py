@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from blendserve.dual_scanner import Front
 from blendserve.engine.request import Request
+from blendserve.engine.running import RunningRequests
 
 
 class MemoryForecast:
@@ -20,38 +19,44 @@ class MemoryForecast:
     `footprint_tokens`: by front, what its requests hold on average over their lives.
     """
 
-    def __init__(self, running: Iterable[Request], *, num_used_tokens: int, capacity_tokens: int) -> None:
+    def __init__(self, running: RunningRequests, *, num_used_tokens: int, capacity_tokens: int) -> None:
         """num_used_tokens: what running requests hold now, shared prefixes once."""
         self._capacity_tokens = capacity_tokens
-        self._base_tokens = num_used_tokens
-        self._own_tokens: list[int] = []  # by request: what it will hold once prefilled and gives back when it finishes
-        self._remaining_tokens: list[int] = []
-        self.footprint_tokens = {Front.LEFT: 0.0, Front.RIGHT: 0.0}
-        for request in running:
-            self.footprint_tokens[request.current_front] += request.footprint_tokens
-            self._base_tokens += request.num_prefill_tokens - min(
-                request.num_computed_tokens, request.num_prefill_tokens
-            )
-            self._own_tokens.append(request.num_tokens - request.num_shared_tokens)
-            self._remaining_tokens.append(request.remaining_output_tokens)
+        rows = running.active_rows()
+        unprefilled = np.maximum(running.prefill_tokens[rows] - running.context_tokens[rows], 0)
+        self._base_tokens = num_used_tokens + int(unprefilled.sum())
+        remaining = running.remaining_output_tokens(rows)
+        order = np.argsort(remaining)
+        # By rising remaining tokens: what each will hold once prefilled and gives back when it finishes.
+        self._remaining_tokens = remaining[order]
+        self._own_tokens = (running.num_tokens(rows) - running.shared_tokens[rows])[order]
+        footprint, is_right = running.footprint_tokens(rows), running.is_right(rows)
+        self.footprint_tokens = {
+            Front.LEFT: float(footprint[~is_right].sum()),
+            Front.RIGHT: float(footprint[is_right].sum()),
+        }
 
     def fits(self, request: Request, num_cached_tokens: int, num_revived_tokens: int) -> bool:
         """Whether `request` fits too. num_cached_tokens: of its prompt, in the cache; num_revived_tokens: of those, the
         ones that no running request holds, so that they can't be evicted any more."""
         new_tokens = request.num_tokens - num_cached_tokens
-        own = np.array([*self._own_tokens, new_tokens], dtype=np.int64)
-        remaining = np.array([*self._remaining_tokens, request.remaining_output_tokens], dtype=np.int64)
-        order = np.argsort(remaining)
-        freed_before = np.concatenate(([0], np.cumsum(own[order])[:-1]))
-        num_unfinished = np.arange(len(order), 0, -1)
+        new_remaining = request.remaining_output_tokens
+        own = np.insert(self._own_tokens, self._place(new_remaining), new_tokens)
+        remaining = np.insert(self._remaining_tokens, self._place(new_remaining), new_remaining)
+        freed_before = np.cumsum(own) - own
+        num_unfinished = np.arange(len(own), 0, -1)
         base = self._base_tokens + new_tokens + num_revived_tokens
-        peak = int((base - freed_before + num_unfinished * remaining[order]).max())
+        peak = int((base - freed_before + num_unfinished * remaining).max())
         return peak <= self._capacity_tokens
 
     def add(self, request: Request, num_cached_tokens: int, num_revived_tokens: int) -> None:
         """Count `request` as running."""
-        self.footprint_tokens[request.current_front] += request.footprint_tokens
-        new_tokens = request.num_tokens - num_cached_tokens
+        new_tokens, new_remaining = request.num_tokens - num_cached_tokens, request.remaining_output_tokens
+        self.footprint_tokens[request.front] += new_tokens + new_remaining / 2
         self._base_tokens += new_tokens + num_revived_tokens
-        self._own_tokens.append(new_tokens)
-        self._remaining_tokens.append(request.remaining_output_tokens)
+        place = self._place(new_remaining)
+        self._own_tokens = np.insert(self._own_tokens, place, new_tokens)
+        self._remaining_tokens = np.insert(self._remaining_tokens, place, new_remaining)
+
+    def _place(self, remaining: int) -> int:
+        return int(np.searchsorted(self._remaining_tokens, remaining))

@@ -48,25 +48,27 @@ class Detokenizer:
 class GrowingText:
     """The text of one request so far. Each token costs the decoding of a few tokens, not of all.
 
-    Tokens [prefix, read) are decoded once more with every new one, because a token's text can depend on its neighbours.
+    The last tokens, of which `num_read` are in the text already, are decoded once more with every new one, because a
+    token's text can depend on its neighbours.
     """
 
-    __slots__ = ("_detokenizer", "_prefix", "_read", "_text")
+    __slots__ = ("_detokenizer", "_num_read", "_text", "_token_ids")
 
     def __init__(self, detokenizer: Detokenizer) -> None:
         self._detokenizer = detokenizer
         self._text = ""
-        self._prefix = 0
-        self._read = 0
+        self._token_ids: list[int] = []
+        self._num_read = 0
 
-    def append(self, token_ids: Sequence[int]) -> str | None:
-        """Take in the tokens that are new in `token_ids` (all of the request's). Returns the text up to a stop string
-        once there is one."""
-        known = self._detokenizer.decode(token_ids[self._prefix : self._read])
-        extended = self._detokenizer.decode(token_ids[self._prefix :])
+    def append(self, token_id: int) -> str | None:
+        """Take in one more token. Returns the text up to a stop string once there is one."""
+        self._token_ids.append(token_id)
+        known = self._detokenizer.decode(self._token_ids[: self._num_read])
+        extended = self._detokenizer.decode(self._token_ids)
         if len(extended) <= len(known) or extended.endswith(_REPLACEMENT):
             return None
         num_known = len(self._text)
         self._text += extended[len(known) :]
-        self._prefix, self._read = self._read, len(token_ids)
+        del self._token_ids[: self._num_read]
+        self._num_read = len(self._token_ids)
         return self._detokenizer.cut(self._text, self._detokenizer.first_stop_index(num_known))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from blendserve.dual_scanner import Front
+import numpy as np
+from numpy.typing import NDArray
+
 from blendserve.engine.detokenizer import Detokenizer, GrowingText
 from blendserve.engine.device import (
     block_bytes,
@@ -18,10 +22,12 @@ from blendserve.engine.device import (
 )
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.memory_profile import profile_activation_bytes
-from blendserve.engine.model_runner import ModelRunner, StepOutput
+from blendserve.engine.model_runner import LaunchedStep, ModelRunner, StepOutput
 from blendserve.engine.request import Completion, FinishReason, Request
+from blendserve.engine.running import IntArray
 from blendserve.engine.sampler import Sampler
-from blendserve.engine.scheduler import RequestSource, ScheduledBatch, Scheduler
+from blendserve.engine.scheduled_batch import ScheduledBatch
+from blendserve.engine.scheduler import RequestSource, Scheduler
 from blendserve.engine.step_metrics import StepMetrics
 from blendserve.models.config import ModelConfig
 from blendserve.models.llama import LlamaModel
@@ -29,13 +35,31 @@ from blendserve.models.weights import dummy_weights, load_weights
 from blendserve.spec import EngineSpec, SamplingSpec
 
 
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    """A launched step, and its metrics but for the times."""
+
+    batch: ScheduledBatch
+    counts: dict[str, int]
+    launched: LaunchedStep
+
+
 class LLMEngine:
     """A loaded model that turns requests into completions. One source at a time; the prefix cache outlives it."""
 
     def __init__(
-        self, model_folder: Path, spec: EngineSpec, sampling: SamplingSpec, *, max_useful_tokens: int | None = None
+        self,
+        model_folder: Path,
+        spec: EngineSpec,
+        sampling: SamplingSpec,
+        *,
+        max_useful_tokens: int | None = None,
+        max_in_flight: int | None = None,
     ) -> None:
         """max_useful_tokens: KV cache that the work can fill at most, so that no more memory is taken.
+
+        max_in_flight: steps that may be launched before the first one's tokens are back, 1 or 2. A GPU gets 2, so that
+        it never waits for the host; on a CPU there is nothing to hide.
 
         Raises ModelError when the model can't be loaded, UsageError when the device or its memory can't do.
         """
@@ -46,7 +70,7 @@ class LLMEngine:
         self.max_model_len = min(spec.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
         self._spec = spec
         self._detokenizer = Detokenizer(model_folder, sampling.stop)
-        self._eos_token_ids = frozenset(() if sampling.ignore_eos else config.eos_token_ids)
+        self._eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
         is_dummy = spec.load_format == "dummy"
         weights = (
             dummy_weights(config, dtype, device) if is_dummy else load_weights(model_folder, config, dtype, device)
@@ -62,11 +86,13 @@ class LLMEngine:
             num_blocks=num_blocks,
             block_size=spec.block_size,
             max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=spec.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
+        self._max_in_flight = max_in_flight or (2 if device.type == "cuda" else 1)
         self._texts: dict[int, GrowingText] = {}  # by position, where stop strings have to be looked for
         self._num_steps = 0
-        self._started = 0.0
+        self._started = self._ended = 0.0
 
     def run(
         self,
@@ -87,68 +113,74 @@ class LLMEngine:
             max_num_batched_tokens=self._spec.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
-        self._num_steps, self._started = 0, time.perf_counter()
-        while self._scheduler.has_unfinished and not should_stop():
-            completions, metrics = self.step()
+        self._num_steps, self._ended = 0, time.perf_counter()
+        self._started = self._ended
+        in_flight: deque[_StepInFlight] = deque()
+        while (self._scheduler.has_unfinished or in_flight) and not should_stop():
+            step = self._launch()
+            completions = [_failure(request, reason) for request, reason in step.batch.failed]
+            if step.batch.num_tokens or not in_flight:
+                in_flight.append(step)
+            if len(in_flight) >= self._max_in_flight or not step.batch.num_tokens:
+                completions += self._finish(in_flight.popleft(), on_step)
             for completion in completions:
                 on_finished(completion)
-            on_step(metrics)
+        for step in in_flight:
+            self._runner.collect(step.launched)
         self._scheduler.abort()
         self._texts.clear()
         self._kv_cache.check_integrity(())
 
-    def step(self) -> tuple[list[Completion], StepMetrics]:
-        """One step: the requests that it finished, and what it did."""
-        started = time.perf_counter()
+    def _launch(self) -> _StepInFlight:
+        """Plan the next step and start it."""
         batch = self._scheduler.schedule()
-        metrics = self._describe(batch)
-        output = self._runner.run(batch) if batch.num_tokens else StepOutput([], [])
-        completions = self._postprocess(batch, output)
-        self._num_steps += 1
-        return completions, metrics(started - self._started, time.perf_counter() - started)
+        return _StepInFlight(batch, self._describe(batch), self._runner.launch(batch))
 
-    def _postprocess(self, batch: ScheduledBatch, output: StepOutput) -> list[Completion]:
-        """Take the new tokens into their requests; returns those that are finished with them."""
-        sampled = batch.sampled
-        for request in batch.decodes:
-            request.num_computed_tokens += 1
-        for chunk in batch.prefills:
-            chunk.request.num_computed_tokens += chunk.num_tokens
-        completions = [_failure(request, reason) for request, reason in batch.failed]
-        for request, token_id, is_valid in zip(sampled, output.token_ids, output.is_valid, strict=True):
-            completion = self._take_token(request, token_id) if is_valid else self._not_finite(request)
-            if completion is not None:
-                self._scheduler.finish(request, is_reusable=is_valid)
-                self._texts.pop(request.position, None)
-                completions.append(completion)
+    def _finish(self, step: _StepInFlight, on_step: Callable[[StepMetrics], None]) -> list[Completion]:
+        """Wait for a step. Returns the completions that end with it."""
+        output = self._runner.collect(step.launched)
+        began, self._ended = self._ended, time.perf_counter()
+        completions = self._take_tokens(step.batch, output)
+        started, seconds = began - self._started, self._ended - began
+        on_step(StepMetrics(self._num_steps, started_seconds=started, step_seconds=seconds, **step.counts))
+        self._num_steps += 1
         return completions
 
-    def _take_token(self, request: Request, token_id: int) -> Completion | None:
-        """Append a token; the completion if the request ends with it."""
-        token_ids = request.output_token_ids
-        token_ids.append(token_id)
-        if token_id in self._eos_token_ids:
-            return self._completion(request, FinishReason.STOP, self._detokenizer.decode(token_ids[:-1]))
-        if self._detokenizer.has_stop_strings:
-            growing = self._texts.setdefault(request.position, GrowingText(self._detokenizer))
-            text = growing.append(token_ids)
-            if text is not None:
-                return self._completion(request, FinishReason.STOP, text)
-        if len(token_ids) >= request.max_tokens:
-            return self._completion(request, FinishReason.LENGTH, self._detokenizer.decode(token_ids))
-        return None
+    def _take_tokens(self, batch: ScheduledBatch, output: StepOutput) -> list[Completion]:
+        """Take new tokens into their requests, but for those that have ended or were preempted since."""
+        running = self._scheduler.running
+        is_live = running.serials[batch.sampled_rows] == batch.sampled_serials
+        rows, token_ids, is_valid = batch.sampled_rows[is_live], output.token_ids[is_live], output.is_valid[is_live]
+        running.record(rows, token_ids)
+        is_end = np.isin(token_ids, self._eos_token_ids)
+        is_ended = is_end | (running.known_tokens[rows] >= running.max_tokens[rows]) | ~is_valid
+        texts = self._stopped_texts(rows, token_ids) if self._detokenizer.has_stop_strings else {}
+        completions = []
+        for index in np.flatnonzero(is_ended | np.isin(rows, list(texts))).tolist():
+            row = int(rows[index])
+            request = self._scheduler.finish(row, is_reusable=bool(is_valid[index]))
+            self._texts.pop(request.position, None)
+            if not is_valid[index]:
+                completions.append(self._not_finite(request))
+            elif is_end[index]:
+                text = self._detokenizer.decode(request.output_token_ids[:-1])
+                completions.append(_completion(request, FinishReason.STOP, text))
+            elif row in texts:
+                completions.append(_completion(request, FinishReason.STOP, texts[row]))
+            else:
+                text = self._detokenizer.decode(request.output_token_ids)
+                completions.append(_completion(request, FinishReason.LENGTH, text))
+        return completions
 
-    def _completion(self, request: Request, reason: FinishReason, text: str) -> Completion:
-        return Completion(
-            row_index=request.row_index,
-            request_id=request.request_id,
-            text=text,
-            token_ids=tuple(request.output_token_ids),
-            finish_reason=reason,
-            error=None,
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_cached_tokens=request.num_cached_tokens,
-        )
+    def _stopped_texts(self, rows: IntArray, token_ids: NDArray[np.int32]) -> dict[int, str]:
+        """The texts of the rows that a stop string ends with these tokens."""
+        texts = {}
+        for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
+            position = self._scheduler.running.request(row).position
+            text = self._texts.setdefault(position, GrowingText(self._detokenizer)).append(token_id)
+            if text is not None:
+                texts[row] = text
+        return texts
 
     def _not_finite(self, request: Request) -> Completion:
         return _failure(
@@ -157,23 +189,22 @@ class LLMEngine:
             "Try --dtype float32, and check the model's weights",
         )
 
-    def _describe(self, batch: ScheduledBatch) -> Callable[[float, float], StepMetrics]:
+    def _describe(self, batch: ScheduledBatch) -> dict[str, int]:
         """The step's metrics but for its times; taken before the step's requests finish."""
         running = self._scheduler.running
-        counts = {
-            "step": self._num_steps,
+        rows = np.flatnonzero(running.serials)
+        return {
             "num_prefill_tokens": batch.num_prefill_tokens,
-            "num_decode_tokens": len(batch.decodes),
-            "num_running": len(running),
-            "num_running_left": sum(request.current_front is Front.LEFT for request in running),
+            "num_decode_tokens": len(batch.decode_rows),
+            "num_running": len(rows),
+            "num_running_left": int(np.count_nonzero(~running.is_right(rows))),
             "num_waiting": self._scheduler.num_waiting,
             "num_used_blocks": self._kv_cache.num_used_blocks,
             "num_total_blocks": self._kv_cache.num_blocks,
             "num_cached_tokens": batch.num_cached_tokens,
             "num_preempted": batch.num_preempted,
-            "kv_read_bytes": sum(request.num_tokens for request in batch.decodes) * self._kv_bytes_per_token,
+            "kv_read_bytes": int((batch.decode_positions + 1).sum()) * self._kv_bytes_per_token,
         }
-        return lambda started, seconds: StepMetrics(started_seconds=started, step_seconds=seconds, **counts)
 
     def _size_cache(self, model: LlamaModel, bytes_per_block: int, max_useful_tokens: int | None) -> int:
         spec = self._spec
@@ -187,6 +218,19 @@ class LLMEngine:
         available = free_memory_bytes(model.device, activation_bytes)
         useful = self.max_model_len * spec.max_num_seqs if max_useful_tokens is None else max_useful_tokens
         return count_blocks(available, bytes_per_block, max(-(-useful // spec.block_size), 2))
+
+
+def _completion(request: Request, reason: FinishReason, text: str) -> Completion:
+    return Completion(
+        row_index=request.row_index,
+        request_id=request.request_id,
+        text=text,
+        token_ids=tuple(request.output_token_ids),
+        finish_reason=reason,
+        error=None,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_cached_tokens=request.num_cached_tokens,
+    )
 
 
 def _failure(request: Request, reason: str) -> Completion:

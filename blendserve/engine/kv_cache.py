@@ -146,22 +146,28 @@ class KVCache:
             node = self._tree.insert(node, key, request.block_table[request.num_tree_blocks])
             request.num_tree_blocks += 1
 
-    def release(self, request: Request, is_reusable: bool = True) -> None:
-        """Take all blocks from a request. Its prompt blocks stay cached, unless what is in them isn't reusable."""
+    def release(self, request: Request) -> None:
+        """Take all blocks from a request. Its prompt blocks stay cached."""
         for index in range(len(request.block_table) - 1, -1, -1):
             block = request.block_table[index]
             if self._allocator.release(block) > 0:
                 continue
             if index >= request.num_tree_blocks:
                 self._allocator.free(block)
-                continue
-            node = self._tree.node_of(block)
-            self._tree.set_unreferenced(node)
-            if not is_reusable and not node.children:
-                self._tree.remove(node)
-                self._allocator.free(block)
+            else:
+                self._tree.set_unreferenced(self._tree.node_of(block))
         request.block_table.clear()
         request.num_computed_tokens = request.num_tree_blocks = request.num_synced_blocks = 0
+
+    def forget(self, request: Request) -> None:
+        """Drop what is cached of a prompt, as far as nobody uses it: what is in it isn't fit to be shared."""
+        if not self._has_prefix_cache:
+            return
+        for node in reversed(self._tree.match(self._keys(request, request.num_prompt_tokens))):
+            if node.is_referenced or node.children:
+                return
+            self._tree.remove(node)
+            self._allocator.free(node.block)
 
     def check_integrity(self, running: Iterable[Request]) -> None:
         """Raise InvariantError where the books don't balance. Slow: for tests, and for when the engine is idle."""

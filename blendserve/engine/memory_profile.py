@@ -23,7 +23,6 @@ def profile_activation_bytes(model: LlamaModel, *, num_tokens: int, num_sampled:
         token_ids=torch.zeros_like(tokens),
         positions=tokens,
         slot_mapping=tokens,
-        num_decode_tokens=0,
         decode=None,
         prefill=PrefillPart(
             block_table=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
@@ -31,12 +30,11 @@ def profile_activation_bytes(model: LlamaModel, *, num_tokens: int, num_sampled:
             context_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
             max_seqlen_q=num_tokens,
         ),
-        logits_indices=tokens[-num_sampled:],
     )
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    model.forward(batch, [cache] * config.num_layers).float()
+    model.logits(model.forward(batch, [cache] * config.num_layers, tokens[-num_sampled:]))
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     del cache, batch

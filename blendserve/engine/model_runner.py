@@ -1,4 +1,4 @@
-"""Runs a scheduled batch on the device: builds its tensors, calls the model, samples. Owns the KV cache tensors."""
+"""Runs scheduled batches on the device: uploads their arrays, calls the model, samples. Owns the KV cache tensors."""
 
 from __future__ import annotations
 
@@ -8,23 +8,38 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blendserve.engine.request import Request
+from blendserve.engine.cuda_graphs import CapturedPasses, padded_shape
 from blendserve.engine.sampler import Sampler
-from blendserve.engine.scheduler import PrefillChunk, ScheduledBatch
-from blendserve.models.batch import DecodePart, ModelBatch, PrefillPart
+from blendserve.engine.scheduled_batch import ScheduledBatch
+from blendserve.engine.step_inputs import BlockTables, StepShape, model_batch, model_words, sampled_tokens
 from blendserve.models.llama import LayerCache, LlamaModel
+
+# Steps whose host buffers may be in use at one time: the one that is filled, the one that runs, one to spare.
+_NUM_BUFFERS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """One new token for each of a batch's sampled requests. Not valid where the logits weren't finite."""
+    """One new token for each of a batch's sampled rows. Not valid where the logits weren't finite."""
 
-    token_ids: list[int]
-    is_valid: list[bool]
+    token_ids: NDArray[np.int32]
+    is_valid: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step on its way. `result`: int64 [2, num_sampled] on the host, tokens and validity, once `ended` has passed."""
+
+    result: torch.Tensor
+    began: torch.cuda.Event | None
+    ended: torch.cuda.Event | None
 
 
 class ModelRunner:
-    """The model with its KV cache: `num_blocks` blocks of `block_size` tokens."""
+    """The model with its KV cache: `num_blocks` blocks of `block_size` tokens. Steps run in the order of their launch.
+
+    The token that a row samples stays on the device for its next step.
+    """
 
     def __init__(
         self,
@@ -34,119 +49,104 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         max_num_seqs: int,
+        max_num_batched_tokens: int,
         max_model_len: int,
+        use_graphs: bool = True,
     ) -> None:
         config = model.config
         self._model = model
         self._sampler = sampler
         self._device = model.device
+        self._is_gpu = model.device.type == "cuda"
         self._block_size = block_size
-        shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self._kv_cache: list[LayerCache] = [(self._zeros(shape), self._zeros(shape)) for _ in range(config.num_layers)]
+        shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        cache = torch.zeros(shape, dtype=model.dtype, device=self._device)
+        self._kv_cache: list[LayerCache] = [(layer[0], layer[1]) for layer in cache]
         max_blocks = min(-(-max_model_len // block_size), num_blocks)
-        self._block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)  # [row, block]
+        self._tables = BlockTables(max_num_seqs, max_blocks, self._device)
+        self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self._device)
+        num_tokens = max(-(-max_num_batched_tokens // 128) * 128, max_num_seqs + 64)
+        num_words = StepShape(num_tokens, max_num_seqs + 128, max_num_seqs + 128).num_words
+        self._words = [self._host_words(num_words) for _ in range(_NUM_BUFFERS)]
+        self._device_words = torch.zeros(num_words, dtype=torch.int64, device=self._device)
+        self._results = [self._host_words(2 * max_num_seqs) for _ in range(_NUM_BUFFERS)]
+        self._captured = CapturedPasses(self._device) if self._is_gpu and use_graphs else None
+        self._num_launched = 0
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch) -> StepOutput:
-        """Compute all tokens of the batch and sample one for each request that is due."""
-        logits = self._model.forward(self._model_batch(batch), self._kv_cache)
-        sampled = batch.sampled
-        if not sampled:
-            return StepOutput([], [])
-        logits = logits.float()
-        seeds = np.array([request.seed for request in sampled], dtype=np.int64)
-        positions = np.array([len(request.output_token_ids) for request in sampled], dtype=np.int64)
-        # A sum shows a NaN or an infinity anywhere in its row.
-        is_valid = torch.isfinite(logits.sum(dim=-1))
-        tokens = self._sampler(logits, seeds, positions)
-        result = torch.stack((tokens, is_valid.long())).cpu()
-        return StepOutput(result[0].tolist(), [bool(flag) for flag in result[1].tolist()])
+    def launch(self, batch: ScheduledBatch) -> LaunchedStep:
+        """Start a step: compute all tokens of the batch and sample one for each row that is due.
 
-    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.zeros(shape, dtype=self._model.dtype, device=self._device)
+        At most one step may be on its way when it is called.
+        """
+        if batch.num_tokens == 0:
+            return LaunchedStep(torch.zeros(2, 0, dtype=torch.int64), None, None)
+        began = self._mark()
+        buffer = self._num_launched % _NUM_BUFFERS
+        self._num_launched += 1
+        index, blocks = self._tables.change(batch.table_changes)
+        sampled = sampled_tokens(batch)
+        columns = [sampled, batch.sampled_rows, batch.sampled_seeds, batch.sampled_positions, index, blocks]
+        uploaded = self._upload(np.concatenate(columns))
+        parts = torch.split(uploaded, [len(column) for column in columns])
+        tokens_index, rows, seeds, positions, index_there, blocks_there = parts
+        if len(index):
+            self._tables.device.view(-1)[index_there] = blocks_there.int()
+        hidden = self._hidden(batch, self._words[buffer], tokens_index)
+        if len(sampled) == 0:
+            return LaunchedStep(torch.zeros(2, 0, dtype=torch.int64), began, self._mark())
+        token_ids, is_finite = self._sampler(self._model.logits(hidden), seeds, positions)
+        self._last_tokens[rows] = token_ids
+        result = self._results[buffer][: 2 * len(sampled)].view(2, -1)
+        result.copy_(torch.stack((token_ids, is_finite.long())), non_blocking=True)
+        return LaunchedStep(result, began, self._mark())
 
-    def _model_batch(self, batch: ScheduledBatch) -> ModelBatch:
-        for request in batch.decodes:
-            self._sync_block_table(request)
-        for chunk in batch.prefills:
-            self._sync_block_table(chunk.request)
-        decode_rows = np.array([request.row for request in batch.decodes], dtype=np.int64)
-        decode_positions = np.array([request.num_computed_tokens for request in batch.decodes], dtype=np.int64)
-        chunk_rows = np.array([chunk.request.row for chunk in batch.prefills], dtype=np.int64)
-        chunk_starts = np.array([chunk.request.num_computed_tokens for chunk in batch.prefills], dtype=np.int64)
-        chunk_lens = np.array([chunk.num_tokens for chunk in batch.prefills], dtype=np.int64)
-        positions = np.concatenate((decode_positions, _ranges(chunk_starts, chunk_lens)))
-        rows = np.concatenate((decode_rows, np.repeat(chunk_rows, chunk_lens)))
-        block_index, offset = np.divmod(positions, self._block_size)
-        slot_mapping = self._block_tables[rows, block_index].astype(np.int64) * self._block_size + offset
-        return ModelBatch(
-            token_ids=self._tensor(_token_ids(batch)),
-            positions=self._tensor(positions),
-            slot_mapping=self._tensor(slot_mapping),
-            num_decode_tokens=len(batch.decodes),
-            decode=self._decode_part(decode_rows, decode_positions),
-            prefill=self._prefill_part(chunk_rows, chunk_starts, chunk_lens),
-            logits_indices=self._tensor(_logits_indices(len(batch.decodes), batch.prefills, chunk_lens)),
-        )
+    def collect(self, step: LaunchedStep) -> StepOutput:
+        """Wait for a step's tokens."""
+        if step.ended is not None:
+            step.ended.synchronize()
+        token_ids, is_valid = step.result.numpy()
+        return StepOutput(token_ids.astype(np.int32), is_valid.astype(np.bool_))
 
-    def _decode_part(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> DecodePart | None:
-        if len(rows) == 0:
+    def _hidden(self, batch: ScheduledBatch, host_words: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+        """What the head needs of the sampled tokens, [num_sampled, H]."""
+        num_decodes, num_chunks = len(batch.decode_rows), len(batch.prefills)
+        shape = padded_shape(num_decodes, batch.num_prefill_tokens, num_chunks) if self._captured else None
+        is_captured = shape is not None
+        shape = shape or StepShape(batch.num_tokens, num_decodes, num_chunks)
+        words = host_words[: shape.num_words]
+        model_words(batch, shape, self._tables, self._block_size, words.numpy())
+        words = self._device_words[: shape.num_words].copy_(words, non_blocking=True)
+        if self._captured and is_captured:
+            tables = self._tables.device
+            return self._captured.run(shape, lambda: self._forward(words, shape, tables, shape.num_tokens))[sampled]
+        longest = max((chunk.start + chunk.num_tokens for chunk in batch.prefills), default=0)
+        longest = max(longest, int(batch.decode_positions.max(initial=-1)) + 1)
+        tables = self._tables.device[:, : -(-longest // self._block_size)]
+        longest_chunk = max((chunk.num_tokens for chunk in batch.prefills), default=0)
+        return self._forward(words, shape, tables, longest_chunk, sampled)
+
+    def _forward(
+        self,
+        words: torch.Tensor,
+        shape: StepShape,
+        tables: torch.Tensor,
+        longest_chunk: int,
+        sampled: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        batch = model_batch(words, shape, tables, self._last_tokens, longest_chunk)
+        return self._model.forward(batch, self._kv_cache, sampled)
+
+    def _upload(self, array: NDArray[np.int64]) -> torch.Tensor:
+        host = torch.from_numpy(array)
+        return host.pin_memory().to(self._device, non_blocking=True) if self._is_gpu else host
+
+    def _host_words(self, num_words: int) -> torch.Tensor:
+        return torch.zeros(num_words, dtype=torch.int64, pin_memory=self._is_gpu)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self._is_gpu:
             return None
-        context_lens = positions + 1
-        return DecodePart(
-            block_table=self._tensor(self._tables_of(rows, context_lens)),
-            context_lens=self._tensor(context_lens.astype(np.int32)),
-        )
-
-    def _prefill_part(
-        self, rows: NDArray[np.int64], starts: NDArray[np.int64], lens: NDArray[np.int64]
-    ) -> PrefillPart | None:
-        if len(rows) == 0:
-            return None
-        context_lens = starts + lens
-        return PrefillPart(
-            block_table=self._tensor(self._tables_of(rows, context_lens)),
-            cu_seqlens_q=self._tensor(np.concatenate(([0], np.cumsum(lens))).astype(np.int32)),
-            context_lens=self._tensor(context_lens.astype(np.int32)),
-            max_seqlen_q=int(lens.max()),
-        )
-
-    def _tables_of(self, rows: NDArray[np.int64], context_lens: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Block tables of these rows, as wide as the longest of them needs."""
-        num_blocks = -(-int(context_lens.max()) // self._block_size)
-        return self._block_tables[rows, :num_blocks]
-
-    def _sync_block_table(self, request: Request) -> None:
-        table, start = request.block_table, request.num_synced_blocks
-        if start < len(table):
-            self._block_tables[request.row, start : len(table)] = table[start:]
-            request.num_synced_blocks = len(table)
-
-    def _tensor(self, array: NDArray[np.int64] | NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-
-def _token_ids(batch: ScheduledBatch) -> NDArray[np.int64]:
-    decoded = np.array([request.output_token_ids[-1] for request in batch.decodes], dtype=np.int64)
-    chunks = [
-        chunk.request.token_slice(
-            chunk.request.num_computed_tokens, chunk.request.num_computed_tokens + chunk.num_tokens
-        )
-        for chunk in batch.prefills
-    ]
-    return np.concatenate((decoded, *chunks), dtype=np.int64)
-
-
-def _ranges(starts: NDArray[np.int64], lens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[start, start + len) of each pair, one after the other."""
-    ends = np.cumsum(lens)
-    within = np.arange(lens.sum(), dtype=np.int64)
-    result: NDArray[np.int64] = within + np.repeat(starts - (ends - lens), lens)
-    return result
-
-
-def _logits_indices(num_decodes: int, prefills: list[PrefillChunk], chunk_lens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The decodes' tokens, and the last token of each chunk that completes its prompt."""
-    is_last = np.array([chunk.is_last for chunk in prefills], dtype=np.bool_)
-    chunk_ends = num_decodes + np.cumsum(chunk_lens) - 1
-    return np.concatenate((np.arange(num_decodes, dtype=np.int64), chunk_ends[is_last]))
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event

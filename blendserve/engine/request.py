@@ -33,11 +33,23 @@ class Completion:
     num_cached_tokens: int
 
 
-class Request:
-    """One request and how far it has come.
+def expected_output_tokens(generated: NDArray[np.int64], estimated: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Output tokens to expect in all, given those generated so far: whenever the estimate is outlived, as many again.
 
-    `num_computed_tokens`: tokens (of prompt, then output) whose K and V are in the cache. A request is prefilled up to
-    `num_prefill_tokens`, its length when it was admitted: after a preemption that includes the tokens generated before.
+    The estimate, doubled as often as it takes to exceed `generated`. estimated: at least 1 each.
+    """
+    multiples = np.maximum(generated // estimated, 1).astype(np.float64)
+    # frexp gives the exponent above the number: 1, 2, 2, 3 for 1, 2, 3, 4, which is its bit length.
+    doublings = np.where(generated >= estimated, np.frexp(multiples)[1], 0)
+    return np.left_shift(estimated, doublings.astype(np.int64))
+
+
+class Request:
+    """One request, and how far it came before it last waited or while it is prefilled.
+
+    `num_computed_tokens`: tokens (of prompt, then earlier output) whose K and V are in the cache; counted while it is
+    prefilled up to `num_prefill_tokens`, its length when it was admitted. `output_token_ids` is up to date when it
+    doesn't run; what changes with each step of a running request is in `RunningRequests`.
     """
 
     __slots__ = (
@@ -49,14 +61,12 @@ class Request:
         "num_computed_tokens",
         "num_preemptions",
         "num_prefill_tokens",
-        "num_shared_tokens",
         "num_synced_blocks",
         "num_tree_blocks",
         "output_token_ids",
         "position",
         "prompt_token_ids",
         "request_id",
-        "row",
         "row_index",
         "seed",
     )
@@ -85,11 +95,9 @@ class Request:
         self.num_prefill_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
-        self.num_shared_tokens = 0  # of the cached ones, those found when it was last admitted
         self.block_table: list[int] = []
         self.num_tree_blocks = 0  # the first blocks of its table that the prefix tree knows
-        self.num_synced_blocks = 0  # the first blocks of its table that the runner has copied
-        self.row: int | None = None  # its row in the runner's table while it runs
+        self.num_synced_blocks = 0  # the first blocks of its table that the runner has been told of
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -100,29 +108,14 @@ class Request:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
-    def is_prefilling(self) -> bool:
-        return self.num_computed_tokens < self.num_prefill_tokens
-
-    @property
     def remaining_output_tokens(self) -> int:
-        """Tokens it is still expected to generate, at least one. Whenever it outlives its estimate, as many again."""
-        generated, estimate = len(self.output_token_ids), max(self.estimated_output_tokens, 1)
-        expected = estimate << (generated // estimate).bit_length()
-        return max(min(expected, self.max_tokens) - generated, 1)
-
-    @property
-    def footprint_tokens(self) -> float:
-        """KV cache tokens that it alone holds, averaged over its life: p - shared + d / 2."""
-        output_tokens = len(self.output_token_ids) + self.remaining_output_tokens
-        return len(self.prompt_token_ids) - self.num_shared_tokens + output_tokens / 2
-
-    @property
-    def current_front(self) -> Front:
-        """A request that outlives its estimate turns out to be memory-heavy: it counts for the right from then on."""
-        return Front.RIGHT if len(self.output_token_ids) > self.estimated_output_tokens else self.front
+        """Tokens that it is expected to generate when it is admitted, at least one."""
+        generated = np.array([len(self.output_token_ids)])
+        expected = int(expected_output_tokens(generated, np.array([max(self.estimated_output_tokens, 1)]))[0])
+        return max(min(expected, self.max_tokens) - len(self.output_token_ids), 1)
 
     def token_slice(self, start: int, end: int) -> NDArray[np.int32]:
-        """Token ids [start, end) of prompt and output together."""
+        """Token ids [start, end) of prompt and earlier output together."""
         num_prompt = len(self.prompt_token_ids)
         if end <= num_prompt:
             return self.prompt_token_ids[start:end]

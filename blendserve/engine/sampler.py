@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from blendserve.spec import SamplingSpec
-from blendserve_kernels.sampling import greedy, sample
+from blendserve_kernels.sampling import greedy_checked, sample_checked
 
 
 def request_seed(job_seed: int, request_id: str) -> int:
@@ -25,24 +23,26 @@ class Sampler:
         self._sampling = sampling
         self._device = device
 
-    def __call__(self, logits: torch.Tensor, seeds: NDArray[np.int64], positions: NDArray[np.int64]) -> torch.Tensor:
-        """Token ids int64 [num_sampled] from float32 logits [num_sampled, vocab_size].
+    def __call__(
+        self, logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids int64 [num_sampled] from logits [num_sampled, vocab_size], and whether each row is finite.
 
-        positions: how many tokens each request has generated before this one.
+        seeds, positions: int64 [num_sampled]; positions is how many tokens each request has generated before this one.
         """
         if self._sampling.temperature == 0.0:
-            return greedy(logits)
+            return greedy_checked(logits)
         num_sampled = logits.shape[0]
 
         def full(value: float, dtype: torch.dtype) -> torch.Tensor:
             return torch.full((num_sampled,), value, dtype=dtype, device=self._device)
 
-        return sample(
+        return sample_checked(
             logits,
             full(self._sampling.temperature, torch.float32),
             full(self._sampling.top_k, torch.int32),
             full(self._sampling.top_p, torch.float32),
             full(0.0, torch.float32),
-            torch.from_numpy(seeds).to(self._device),
-            torch.from_numpy(positions).to(self._device),
+            seeds,
+            positions,
         )

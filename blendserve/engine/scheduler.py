@@ -1,19 +1,23 @@
 """What runs in the next step: all decodes, then prefill chunks, then newly admitted requests.
 
-Knows no torch. A step is planned against a token budget and against the KV cache; what is planned will be run.
+Knows no torch. A step is planned against a token budget and against the KV cache; what is planned will be run, in
+order, so that the next step can be planned before this one's tokens are known.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
 
 from blendserve.dual_scanner import DualScanner, Front
 from blendserve.engine.admission import MemoryForecast
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.request import Request
+from blendserve.engine.running import RunningRequests
+from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
 
 # Upcoming requests at each front whose cached prefixes are spared from eviction, and how many steps that view may age:
 # where the fronts have moved since, and where they haven't.
@@ -34,40 +38,6 @@ class RequestSource(Protocol):
     def request(self, position: int) -> Request: ...
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """The next `num_tokens` tokens of a request's prompt, from its num_computed_tokens on."""
-
-    request: Request
-    num_tokens: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the prompt is complete with this chunk, so that its first token is sampled."""
-        return self.request.num_computed_tokens + self.num_tokens == self.request.num_prefill_tokens
-
-
-@dataclass(slots=True)
-class ScheduledBatch:
-    """One step: requests that decode one token each, and prefill chunks. `failed`: requests that can never run, why."""
-
-    decodes: list[Request] = field(default_factory=list)
-    prefills: list[PrefillChunk] = field(default_factory=list)
-    failed: list[tuple[Request, str]] = field(default_factory=list)
-    num_prefill_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_preempted: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes) + self.num_prefill_tokens
-
-    @property
-    def sampled(self) -> list[Request]:
-        """The requests that get a token from this step, in the order of their logits."""
-        return self.decodes + [chunk.request for chunk in self.prefills if chunk.is_last]
-
-
 class Scheduler:
     """Continuous batching: chunked prefill, prefix sharing, admission from two fronts, preemption by recompute."""
 
@@ -84,13 +54,14 @@ class Scheduler:
         self._kv_cache = kv_cache
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
-        self.running: list[Request] = []  # in the order of admission
+        self.running = RunningRequests(max_num_seqs)
+        self._prefilling: list[int] = []  # rows, in the order of admission
+        self._drained: list[tuple[int, int]] = []  # (row, serial): blocks to give back once their last step is planned
         self._preempted: deque[Request] = deque()
-        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._upcoming: dict[int, Request] = {}  # requests read ahead of their admission, by position
         self._pinned_at: tuple[int, int] = (-1, -_PIN_AGE_STEPS)  # num_remaining then, step then
         self._num_steps = 0
-        self._scheduled: set[int] = set()  # positions planned into this step: these can't be preempted
+        self._is_planned = np.zeros(max_num_seqs, dtype=np.bool_)  # into this step: these can't be preempted
 
     @property
     def num_waiting(self) -> int:
@@ -98,95 +69,148 @@ class Scheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self.running) or self.num_waiting > 0
+        return self.running.num_rows > 0 or self.num_waiting > 0
 
     def schedule(self) -> ScheduledBatch:
         """Plan the next step."""
         batch = ScheduledBatch()
-        self._scheduled.clear()
         self._num_steps += 1
+        self._is_planned[:] = False
+        self._release_drained()
         self._pin_upcoming()
-        for request in list(self.running):
-            if request.row is not None and not request.is_prefilling:
-                self._schedule_decode(batch, request)
-        for request in list(self.running):
-            if request.row is not None and request.is_prefilling:
-                self._schedule_prefill(batch, request)
+        self._schedule_decodes(batch)
+        for row in list(self._prefilling):
+            if row in self._prefilling:  # not preempted meanwhile
+                self._schedule_prefill(batch, row)
         self._admit(batch)
+        self._plan_sampling(batch)
         return batch
 
-    def finish(self, request: Request, is_reusable: bool = True) -> None:
-        """Take a running request out. `is_reusable`: whether other requests may share what it has computed."""
-        self.running.remove(request)
-        self._release(request, is_reusable)
+    def finish(self, row: int, is_reusable: bool = True) -> Request:
+        """Take a request out of its row. `is_reusable`: whether others may share what it has computed."""
+        request = self.running.request(row)
+        self._kv_cache.release(request)
+        if not is_reusable:
+            self._kv_cache.forget(request)
+        if row in self._prefilling:
+            self._prefilling.remove(row)
+        self.running.free(row)
+        return request
 
     def abort(self) -> None:
         """Drop all running and preempted requests and give their blocks back."""
-        for request in list(self.running):
-            self.finish(request)
+        for row in np.flatnonzero(self.running.serials).tolist():
+            self.finish(row)
         self._preempted.clear()
 
-    def _schedule_decode(self, batch: ScheduledBatch, request: Request) -> None:
-        if batch.num_tokens >= self._max_num_batched_tokens:
-            return
-        if self._make_room(batch, request, request.num_tokens) >= request.num_tokens:
-            batch.decodes.append(request)
-            self._scheduled.add(request.position)
+    def _release_drained(self) -> None:
+        """Blocks of requests whose last step is planned: whatever is planned from now on runs behind it."""
+        for row, serial in self._drained:
+            if self.running.serials[row] == serial:
+                self._kv_cache.release(self.running.request(row))
+        self._drained.clear()
 
-    def _schedule_prefill(self, batch: ScheduledBatch, request: Request) -> None:
+    def _schedule_decodes(self, batch: ScheduledBatch) -> None:
+        running, serials = self.running, self.running.serials
+        rows = running.decoding_rows()
+        if len(rows) > self._max_num_batched_tokens:
+            rows = rows[np.argsort(serials[rows])[: self._max_num_batched_tokens]]
+        short = rows[running.context_tokens[rows] >= running.room_tokens[rows]]
+        for row in short[np.argsort(serials[short])].tolist():
+            if running.is_decoding[row]:  # not preempted meanwhile
+                context = int(running.context_tokens[row])
+                if self._make_room(batch, row, context, context + 1) > context:
+                    self._is_planned[row] = True
+        rows = rows[running.is_decoding[rows]]
+        self._is_planned[rows] = True
+        batch.decode_rows = rows
+        batch.decode_positions = running.context_tokens[rows]
+        running.context_tokens[rows] += 1
+
+    def _schedule_prefill(self, batch: ScheduledBatch, row: int) -> None:
         budget = self._max_num_batched_tokens - batch.num_tokens
         if budget <= 0:
             return
+        request = self.running.request(row)
         num_shared = self._kv_cache.take_cached_blocks(request)
         if request.num_preemptions == 0:  # what a preempted request finds again are its own tokens, no savings
             request.num_cached_tokens += num_shared
             batch.num_cached_tokens += num_shared
-        request.num_shared_tokens += num_shared
+        self.running.shared_tokens[row] += num_shared
         start = request.num_computed_tokens
         end = min(start + budget, request.num_prefill_tokens)
-        end = min(end, self._make_room(batch, request, end))
-        if request.row is None or end <= start:
+        end = min(end, self._make_room(batch, row, start, end))
+        if not self.running.is_active[row] or end <= start:
             return
         self._kv_cache.share_prompt_blocks(request, end)
-        batch.prefills.append(PrefillChunk(request, end - start))
+        is_last = end == request.num_prefill_tokens
+        batch.prefills.append(PrefillChunk(request, row, start, end - start, is_last))
         batch.num_prefill_tokens += end - start
-        self._scheduled.add(request.position)
+        request.num_computed_tokens = end
+        self.running.context_tokens[row] = end
+        self._is_planned[row] = True
+        if is_last:
+            self._prefilling.remove(row)
+            self.running.is_decoding[row] = True
 
-    def _make_room(self, batch: ScheduledBatch, request: Request, num_tokens: int) -> int:
-        """Give `request` blocks for `num_tokens` tokens, or for what there is when that is at least one more token.
+    def _plan_sampling(self, batch: ScheduledBatch) -> None:
+        running = self.running
+        completed = np.array([chunk.row for chunk in batch.prefills if chunk.is_last], dtype=np.int64)
+        rows = batch.sampled_rows = np.concatenate((batch.decode_rows, completed))
+        batch.sampled_serials = running.serials[rows]
+        batch.sampled_positions = running.generated_tokens[rows]
+        batch.sampled_seeds = running.seeds[rows]
+        drained = running.plan_token(rows)
+        self._drained += zip(drained.tolist(), running.serials[drained].tolist(), strict=True)
 
-        Preempts the latest admitted requests when the cache is full, in the end `request` itself, or fails it when it
-        outgrows the whole cache. Returns the tokens that it has room for.
+    def _make_room(self, batch: ScheduledBatch, row: int, num_computed: int, num_tokens: int) -> int:
+        """Give a row blocks for `num_tokens` tokens, or for what there is when that is at least one more token.
+
+        Preempts the latest admitted requests when the cache is full, in the end this one, or fails it when it outgrows
+        the whole cache. Returns the tokens that it has room for. num_computed: tokens that are stored already.
         """
-        if self._kv_cache.blocks_for(request.num_computed_tokens + 1) > self._kv_cache.num_blocks:
+        request = self.running.request(row)
+        if self._kv_cache.blocks_for(num_computed + 1) > self._kv_cache.num_blocks:
             reason = (
-                f"prompt and completion have reached {request.num_tokens} tokens; the KV cache holds "
+                f"prompt and completion have reached {num_computed + 1} tokens; the KV cache holds "
                 f"{self._capacity_tokens}. Raise num_blocks or lower max_tokens"
             )
-            self.finish(request)
-            batch.failed.append((request, reason))
+            batch.failed.append((self.finish(row), reason))
             return 0
         while True:
             room = self._kv_cache.extend(request, num_tokens)
-            if room > request.num_computed_tokens:
+            if room > num_computed:
+                self.running.room_tokens[row] = room
+                self._note_blocks(batch, row, request)
                 return room
-            victim = next(other for other in reversed(self.running) if other.position not in self._scheduled)
+            victim = self._latest_unplanned()
             self._preempt(batch, victim)
-            if victim is request:
+            if victim == row:
                 return 0
 
-    def _preempt(self, batch: ScheduledBatch, request: Request) -> None:
-        self.finish(request)
+    def _note_blocks(self, batch: ScheduledBatch, row: int, request: Request) -> None:
+        first = request.num_synced_blocks
+        if first < len(request.block_table):
+            batch.table_changes.append(TableChange(row, first, request.block_table[first:]))
+            request.num_synced_blocks = len(request.block_table)
+
+    def _latest_unplanned(self) -> int:
+        rows = np.flatnonzero(self.running.is_active & ~self._is_planned)
+        return int(rows[np.argmax(self.running.serials[rows])])
+
+    def _preempt(self, batch: ScheduledBatch, row: int) -> None:
+        """Take a request back; a token of it that isn't known yet will be sampled again."""
+        request = self.finish(row)
         request.num_preemptions += 1
         batch.num_preempted += 1
         self._preempted.appendleft(request)
 
     def _admit(self, batch: ScheduledBatch) -> None:
         """Admit requests while budget, rows and expected memory last; preempted ones come first."""
-        if self.num_waiting == 0 or not self._free_rows:
+        if self.num_waiting == 0 or not self.running.has_free_row:
             return
         forecast = self._forecast()
-        while self._free_rows and batch.num_tokens < self._max_num_batched_tokens:
+        while self.running.has_free_row and batch.num_tokens < self._max_num_batched_tokens:
             if not self._admit_one(batch, forecast):
                 return
 
@@ -200,12 +224,12 @@ class Scheduler:
                 return True
             num_cached, num_revived = self._kv_cache.count_cached_tokens(request)
             # With nothing running the whole cache is free, so the request fits whatever the forecast says.
-            if self.running and not forecast.fits(request, num_cached, num_revived):
+            if self.running.is_active.any() and not forecast.fits(request, num_cached, num_revived):
                 continue
             self._take(request, front)
-            self._start(request)
-            self._schedule_prefill(batch, request)
-            if request.row is None:  # preempted at once: the forecast was too hopeful
+            row = self._start(request)
+            self._schedule_prefill(batch, row)
+            if not self.running.is_active[row]:  # preempted at once: the forecast was too hopeful
                 return False
             forecast.add(request, num_cached, num_revived)
             return True
@@ -236,12 +260,11 @@ class Scheduler:
         request.front = front
         self._upcoming.pop(self._source.scanner.take(front), None)
 
-    def _start(self, request: Request) -> None:
-        request.row = self._free_rows.pop()
+    def _start(self, request: Request) -> int:
         request.num_prefill_tokens = request.num_tokens
-        request.num_shared_tokens = 0
-        request.max_tokens = min(request.max_tokens, self._max_model_len - request.num_prompt_tokens)
-        self.running.append(request)
+        row = self.running.admit(request, min(request.max_tokens, self._max_model_len - request.num_prompt_tokens))
+        self._prefilling.append(row)
+        return row
 
     def _reason_against(self, request: Request) -> str | None:
         """Why a request can never run, or None."""
@@ -268,12 +291,6 @@ class Scheduler:
     def _capacity_tokens(self) -> int:
         return self._kv_cache.num_blocks * self._kv_cache.block_size
 
-    def _release(self, request: Request, is_reusable: bool) -> None:
-        if request.row is not None:
-            self._free_rows.append(request.row)
-        request.row = None
-        self._kv_cache.release(request, is_reusable)
-
     def _read(self, position: int) -> Request:
         if position not in self._upcoming:
             self._upcoming[position] = self._source.request(position)
@@ -283,7 +300,7 @@ class Scheduler:
         """When blocks are scarce, tell the cache which prompts will be admitted next from either front."""
         pinned_remaining, pinned_step = self._pinned_at
         num_remaining = self._source.scanner.num_remaining
-        needed_blocks = len(self.running) + self._kv_cache.blocks_for(self._max_num_batched_tokens)
+        needed_blocks = self.running.num_active + self._kv_cache.blocks_for(self._max_num_batched_tokens)
         max_age = _PIN_MAX_AGE_STEPS if pinned_remaining == num_remaining else _PIN_AGE_STEPS
         if self._num_steps - pinned_step < max_age or self._kv_cache.num_free_blocks > needed_blocks:
             return

@@ -1,9 +1,11 @@
 """The Llama decoder, which all supported architectures are but for biases and q/k norms.
 
-Knows nothing of requests or scheduling: a ragged batch and a paged KV cache go in, logits come out.
+Knows nothing of requests or scheduling: a ragged batch and a paged KV cache go in, hidden states and logits come out.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import embedding
@@ -12,11 +14,14 @@ from blendserve.models.batch import ModelBatch
 from blendserve.models.config import ModelConfig
 from blendserve.models.rotary_table import rotary_table
 from blendserve.models.weights import LayerWeights, ModelWeights
-from blendserve_kernels.decode_attention import decode_attention
+from blendserve_kernels.decode_attention import decode_attention, plan_decode
 from blendserve_kernels.prefill_attention import prefill_attention
 from blendserve_kernels.rms_norm import add_rms_norm, rms_norm
 from blendserve_kernels.rotary import rotary_and_store_kv
 from blendserve_kernels.silu_and_multiply import silu_and_multiply
+
+if TYPE_CHECKING:
+    from blendserve_kernels.triton_kernels.decode_attention import DecodePlan
 
 # K and V of one layer, each [num_blocks, num_kv_heads, block_size, head_dim].
 LayerCache = tuple[torch.Tensor, torch.Tensor]
@@ -39,28 +44,43 @@ class LlamaModel:
     def dtype(self) -> torch.dtype:
         return self._weights.embedding.dtype
 
-    def forward(self, batch: ModelBatch, kv_cache: list[LayerCache]) -> torch.Tensor:
-        """Logits [num_sampled, vocab_size] of the batch's sampled tokens; stores K and V of all its tokens."""
+    def forward(
+        self, batch: ModelBatch, kv_cache: list[LayerCache], sampled: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the head turns into logits, [num_sampled, H]; stores K and V of all T tokens.
+
+        sampled: int64 [num_sampled], the tokens whose next token is wanted; without it all T are.
+        """
         layers, eps = self._weights.layers, self.config.rms_norm_eps
+        plan = self._plan(batch, kv_cache)
         residual = embedding(batch.token_ids, self._weights.embedding)  # [T, H]
         normed = rms_norm(residual, layers[0].input_norm, eps)
         for index, layer in enumerate(layers):
             is_last = index + 1 == len(layers)
-            attended = self._attention(layer, normed, batch, kv_cache[index])
-            if is_last:
+            attended = self._attention(layer, normed, batch, kv_cache[index], plan)
+            if is_last and sampled is not None:
                 # What follows works on each token alone, so from here on only the sampled ones matter.
-                attended, residual = attended[batch.logits_indices], residual[batch.logits_indices]
-                if len(batch.logits_indices) == 0:
-                    return attended.new_empty((0, self.config.vocab_size))
+                attended, residual = attended[sampled], residual[sampled]
             projected = layer.output(attended)
             normed, residual = add_rms_norm(projected, residual, layer.post_attention_norm, eps)
             fed_forward = _feed_forward(layer, normed)
             next_norm = self._weights.final_norm if is_last else layers[index + 1].input_norm
             normed, residual = add_rms_norm(fed_forward, residual, next_norm, eps)
-        return self._weights.head(normed)
+        return normed
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_sampled, H] from `forward` → [num_sampled, vocab_size]."""
+        return self._weights.head(hidden)
+
+    def _plan(self, batch: ModelBatch, kv_cache: list[LayerCache]) -> DecodePlan | None:
+        """The decodes' work list, which all layers share."""
+        part = batch.decode
+        if part is None:
+            return None
+        return plan_decode(kv_cache[0][0], part.block_table, part.context_lens, self.config.num_heads)
 
     def _attention(
-        self, layer: LayerWeights, normed: torch.Tensor, batch: ModelBatch, cache: LayerCache
+        self, layer: LayerWeights, normed: torch.Tensor, batch: ModelBatch, cache: LayerCache, plan: DecodePlan | None
     ) -> torch.Tensor:
         """[T, num_heads * head_dim]: what the heads gather, not yet projected. Stores K and V of all T tokens first."""
         config, head_dim = self.config, self.config.head_dim
@@ -71,7 +91,7 @@ class LlamaModel:
         v = v.reshape(-1, config.num_kv_heads, head_dim)
         k_cache, v_cache = cache
         q = rotary_and_store_kv(q, k, v, batch.positions, self._rotary_table, k_cache, v_cache, batch.slot_mapping)
-        return self._attend(q, batch, k_cache, v_cache).flatten(1)
+        return self._attend(q, batch, k_cache, v_cache, plan).flatten(1)
 
     def _normed_heads(self, heads: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """[T, n * head_dim] → [T, n, head_dim], each head normed where the architecture does so (Qwen3)."""
@@ -80,28 +100,43 @@ class LlamaModel:
             heads = rms_norm(heads.reshape(-1, head_dim), weight, self.config.rms_norm_eps)
         return heads.reshape(num_tokens, -1, head_dim)
 
-    def _attend(self, q: torch.Tensor, batch: ModelBatch, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-        """[T, num_heads, head_dim]: decodes and prefill chunks each by their own kernel."""
-        parts = []
+    def _attend(
+        self,
+        q: torch.Tensor,
+        batch: ModelBatch,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        plan: DecodePlan | None,
+    ) -> torch.Tensor:
+        """[T, num_heads, head_dim]: decodes and prefill chunks each by their own kernel; padding stays undefined."""
+        out = torch.empty_like(q)
         if batch.decode is not None:
             part = batch.decode
-            decode_q = q[: batch.num_decode_tokens]
-            parts.append(decode_attention(decode_q, k_cache, v_cache, part.block_table, part.context_lens, self._scale))
-        if batch.prefill is not None:
-            chunks = batch.prefill
-            parts.append(
-                prefill_attention(
-                    q[batch.num_decode_tokens :],
-                    k_cache,
-                    v_cache,
-                    chunks.block_table,
-                    chunks.cu_seqlens_q,
-                    chunks.context_lens,
-                    self._scale,
-                    chunks.max_seqlen_q,
-                )
+            rows = slice(part.context_lens.shape[0])
+            decode_attention(
+                q[rows],
+                k_cache,
+                v_cache,
+                part.block_table,
+                part.context_lens,
+                self._scale,
+                plan=plan,
+                out=out[rows],
             )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if batch.prefill is not None:  # after the decodes, whose padding may overlap the chunks
+            chunks = batch.prefill
+            prefill_attention(
+                q,
+                k_cache,
+                v_cache,
+                chunks.block_table,
+                chunks.cu_seqlens_q,
+                chunks.context_lens,
+                self._scale,
+                chunks.max_seqlen_q,
+                out=out,
+            )
+        return out
 
 
 def _feed_forward(layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:

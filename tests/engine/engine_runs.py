@@ -132,10 +132,13 @@ def stated_requests(prompts: Sequence[Sequence[int]], max_tokens: int, **more: A
     ]
 
 
-def make_engine(folder: Path, sampling: SamplingSpec | None = None, **spec: Any) -> LLMEngine:
+def make_engine(
+    folder: Path, sampling: SamplingSpec | None = None, max_in_flight: int | None = None, **spec: Any
+) -> LLMEngine:
     """An engine on the CPU with 256 blocks of 8 tokens unless `spec` says otherwise."""
     defaults = {"device": "cpu", "block_size": 8, "num_blocks": 256}
-    return LLMEngine(folder, EngineSpec(**{**defaults, **spec}), sampling or SamplingSpec())
+    engine_spec = EngineSpec(**{**defaults, **spec})
+    return LLMEngine(folder, engine_spec, sampling or SamplingSpec(), max_in_flight=max_in_flight)
 
 
 def run_engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from blendserve.dual_scanner import Front
 from blendserve.engine import device
 from blendserve.engine.admission import MemoryForecast
 from blendserve.engine.request import Request
+from blendserve.engine.running import RunningRequests
 from blendserve.errors import UsageError
 from blendserve.spec import EngineSpec
 
 
-def make_request(num_prompt: int, estimate: int, generated: int = 0, max_tokens: int = 1000) -> Request:
-    request = Request(
+def make_request(num_prompt: int, estimate: int, max_tokens: int = 1000) -> Request:
+    return Request(
         position=0,
         row_index=0,
         request_id="0",
@@ -27,42 +29,70 @@ def make_request(num_prompt: int, estimate: int, generated: int = 0, max_tokens:
         max_tokens=max_tokens,
         estimated_output_tokens=estimate,
     )
-    request.output_token_ids = [1] * generated
-    request.num_prefill_tokens = num_prompt
-    return request
+
+
+def running_requests(requests: Sequence[Request]) -> RunningRequests:
+    running = RunningRequests(max_num_seqs=8)
+    for request in requests:
+        running.admit(request, request.max_tokens)
+    return running
 
 
 @pytest.mark.parametrize(
     ("estimate", "generated", "max_tokens", "expected"),
-    [(10, 0, 100, 10), (10, 9, 100, 1), (10, 10, 100, 10), (10, 19, 100, 1), (10, 20, 100, 20), (10, 30, 32, 2)],
+    [
+        (10, 0, 100, 10),
+        (10, 9, 100, 1),
+        (10, 10, 100, 10),
+        (10, 19, 100, 1),
+        (10, 20, 100, 20),
+        (10, 39, 100, 1),
+        (10, 40, 100, 40),
+        (10, 30, 32, 2),
+        (0, 3, 100, 1),
+        (7, 7 * 2**40, 2**60, 7 * 2**40),
+    ],
 )
 def test_a_request_that_outlives_its_estimate_is_expected_to_go_on(
     estimate: int, generated: int, max_tokens: int, expected: int
 ) -> None:
-    request = make_request(5, estimate, generated, max_tokens)
-    assert request.remaining_output_tokens == expected
-    assert request.current_front is (Front.RIGHT if generated > estimate else Front.LEFT)
+    running = running_requests([make_request(5, estimate, max_tokens)])
+    rows = running.active_rows()
+    running.generated_tokens[rows] = generated
+    assert running.remaining_output_tokens(rows).tolist() == [expected]
+    assert running.is_right(rows).tolist() == [generated > max(estimate, 1)]
+
+
+def test_a_preempted_request_is_expected_to_go_on_too() -> None:
+    request = make_request(5, 10)
+    request.output_token_ids = [1] * 25
+    assert request.remaining_output_tokens == 15
+    assert running_requests([request]).remaining_output_tokens(np.array([0])).tolist() == [15]
 
 
 @given(
     running=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), max_size=6),
+    added=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), max_size=2),
     new=st.tuples(st.integers(1, 30), st.integers(1, 40)),
     capacity=st.integers(1, 250),
 )
 def test_the_forecast_is_the_peak_of_decoding_in_step(
-    running: list[tuple[int, int]], new: tuple[int, int], capacity: int
+    running: list[tuple[int, int]], added: list[tuple[int, int]], new: tuple[int, int], capacity: int
 ) -> None:
-    everyone = [*running, new]
+    everyone = [*running, *added, new]
     longest = max(output for _, output in everyone)
     # A request with r tokens to go holds p + t after t of them and is gone after r.
     peak = max(sum(p + t for p, r in everyone if t <= r) for t in range(longest + 1))
     requests = [make_request(prompt, output) for prompt, output in running]
-    forecast = MemoryForecast(requests, num_used_tokens=0, capacity_tokens=capacity)
+    forecast = MemoryForecast(running_requests(requests), num_used_tokens=0, capacity_tokens=capacity)
+    for prompt, output in added:
+        forecast.add(make_request(prompt, output), 0, 0)
     assert forecast.fits(make_request(*new), 0, 0) == (peak <= capacity)
+    assert forecast.footprint_tokens[Front.LEFT] == sum(p + d / 2 for p, d in [*running, *added])
 
 
 def test_cached_tokens_count_once() -> None:
-    forecast = MemoryForecast([], num_used_tokens=0, capacity_tokens=100)
+    forecast = MemoryForecast(RunningRequests(1), num_used_tokens=0, capacity_tokens=100)
     assert not forecast.fits(make_request(95, 10), 0, 0)
     assert forecast.fits(make_request(95, 10), num_cached_tokens=16, num_revived_tokens=0)
     assert not forecast.fits(make_request(95, 10), num_cached_tokens=16, num_revived_tokens=16)

@@ -42,9 +42,11 @@ def texts(ascii_model: Path) -> list[str]:
     return texts
 
 
-def test_a_stop_string_across_tokens_ends_and_cuts(ascii_model: Path, texts: list[str]) -> None:
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_a_stop_string_across_tokens_ends_and_cuts(ascii_model: Path, texts: list[str], max_in_flight: int) -> None:
     stop = texts[0][10:13]
-    run = run_engine(make_engine(ascii_model, SamplingSpec(stop=(stop, "never this"))), stated_requests(PROMPTS, 30))
+    engine = make_engine(ascii_model, SamplingSpec(stop=(stop, "never this")), max_in_flight)
+    run = run_engine(engine, stated_requests(PROMPTS, 30))
     assert any(stop not in text for text in texts) or len(set(texts)) == 1
     for row, text in enumerate(texts):
         completion, found = run.completions[row], text.find(stop)
@@ -76,17 +78,18 @@ def test_a_text_of_many_bytes_a_character_grows_only_by_whole_ones(llama: Path) 
     tokenizer = Tokenizer.from_file(str(llama / "tokenizer.json"))
     token_ids = tokenizer.encode(text).ids
     growing = GrowingText(Detokenizer(llama, ("界",)))
-    cut = [growing.append(token_ids[:length]) for length in range(1, len(token_ids) + 1)]
+    cut = [growing.append(token_id) for token_id in token_ids]
     first = next(number for number, found in enumerate(cut) if found is not None)
     assert cut[first] == "Grüße, 世"
     assert first + 1 == len("Grüße, 世界".encode())
 
 
-def test_the_end_token_ends_unless_ignored(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_the_end_token_ends_unless_ignored(llama: Path, tmp_path: Path, max_in_flight: int) -> None:
     greedy = generate(llama, PROMPTS[:1], 14)[0]
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END_OF_NOTHING, greedy[5]]}))
-    ended = run_engine(make_engine(folder), stated_requests(PROMPTS[:1], 14)).completions[0]
+    ended = run_engine(make_engine(folder, None, max_in_flight), stated_requests(PROMPTS[:1], 14)).completions[0]
     ignored = run_engine(make_engine(folder, SamplingSpec(ignore_eos=True)), stated_requests(PROMPTS[:1], 14))
     end = greedy.index(greedy[5])
     assert list(ended.token_ids) == greedy[: end + 1]
@@ -128,7 +131,8 @@ def test_the_context_limit_ends_a_completion(llama: Path) -> None:
     assert run.completions[0].finish_reason is FinishReason.LENGTH
 
 
-def test_logits_that_are_not_finite_fail_their_requests_only(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_logits_that_are_not_finite_fail_their_requests_only(llama: Path, tmp_path: Path, max_in_flight: int) -> None:
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
     tensors = load_file(folder / "model.safetensors")
     poison = 3
@@ -139,7 +143,8 @@ def test_logits_that_are_not_finite_fail_their_requests_only(llama: Path, tmp_pa
     prompts = [prompt for pair in zip(clean, poisoned, strict=True) for prompt in pair]
     expected = run_engine(make_engine(llama), stated_requests(clean, 6)).token_ids()
     # Few blocks, so that those of failed requests are used again at once.
-    run = run_engine(make_engine(folder, num_blocks=30, max_num_seqs=4), stated_requests(prompts, 6))
+    engine = make_engine(folder, None, max_in_flight, num_blocks=30, max_num_seqs=4)
+    run = run_engine(engine, stated_requests(prompts, 6))
     good = [row for row in range(0, 16, 2) if poison not in expected[row // 2]]
     assert len(good) > 4
     for row in good:

@@ -39,12 +39,14 @@ def test_any_block_size(llama: Path, expected: list[list[int]], block_size: int)
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("chunk_tokens", [5, 64])
+@pytest.mark.parametrize("max_in_flight", [1, 2])
 def test_a_cache_so_small_that_it_preempts(
-    llama: Path, expected: list[list[int]], prefix_cache: bool, chunk_tokens: int
+    llama: Path, expected: list[list[int]], prefix_cache: bool, chunk_tokens: int, max_in_flight: int
 ) -> None:
     requests = stated_requests(PROMPTS, MAX_TOKENS, estimated_output_tokens=1)
     engine = make_engine(
         llama,
+        max_in_flight=max_in_flight,
         block_size=4,
         num_blocks=25,
         max_num_seqs=8,

@@ -95,6 +95,22 @@ def test_a_prefix_in_use_is_not_evicted() -> None:
     assert [tree.evict(), tree.evict()] == [1, None]
 
 
+def test_what_is_not_fit_to_be_shared_is_forgotten_unless_someone_uses_it() -> None:
+    cache = KVCache(NUM_BLOCKS, BLOCK_SIZE, has_prefix_cache=True)
+    requests = [make_request([1, 1, 1, 1, number, number]) for number in range(2)]
+    for request in requests:
+        cache.take_cached_blocks(request)
+        cache.extend(request, 6)
+        cache.share_prompt_blocks(request, 6)
+    cache.release(requests[0])
+    cache.forget(requests[0])
+    assert cache.count_cached_tokens(make_request([1, 1, 1, 1, 0, 0, 0])) == (4, 0)
+    cache.release(requests[1])
+    cache.forget(requests[1])
+    assert cache.count_cached_tokens(make_request([1, 1, 1, 1, 1, 1, 1])) == (0, 0)
+    assert cache.num_free_blocks == NUM_BLOCKS
+
+
 class KVCacheMachine(RuleBasedStateMachine):
     """Requests come, compute some of their prompt, and leave in any order, on a cache too small for all of them."""
 
@@ -138,7 +154,9 @@ class KVCacheMachine(RuleBasedStateMachine):
     def leave(self, data: st.DataObject, is_reusable: bool) -> None:
         request = data.draw(st.sampled_from(self.running))
         self.running.remove(request)
-        self.cache.release(request, is_reusable)
+        self.cache.release(request)
+        if not is_reusable:
+            self.cache.forget(request)
 
     @rule(prompts=st.lists(PROMPTS, max_size=3))
     def pin(self, prompts: list[list[int]]) -> None:

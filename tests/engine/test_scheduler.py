@@ -2,59 +2,64 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.request import Request
-from blendserve.engine.scheduler import ScheduledBatch, Scheduler
+from blendserve.engine.scheduled_batch import ScheduledBatch
+from blendserve.engine.scheduler import Scheduler
 from tests.engine.engine_runs import ListSource, stated_requests
 
 BLOCK_SIZE = 4
 
 
 class RememberedSlots:
-    """What each KV cache slot holds: the tokens up to and including the one stored there."""
+    """What each KV cache slot holds: the tokens up to and including the one stored there.
 
-    def __init__(self) -> None:
+    Sees a batch as a runner does, through table changes and rows; every sampled token is 1.
+    """
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self._tables: list[dict[int, int]] = [{} for _ in range(max_num_seqs)]
+        self._tokens: list[list[int]] = [[] for _ in range(max_num_seqs)]  # by row, as far as they are known there
         self._slots: dict[int, tuple[int, ...]] = {}
 
     def run(self, batch: ScheduledBatch) -> None:
-        chunks = [(request, request.num_computed_tokens, 1) for request in batch.decodes]
-        chunks += [(chunk.request, chunk.request.num_computed_tokens, chunk.num_tokens) for chunk in batch.prefills]
+        for change in batch.table_changes:
+            self._tables[change.row].update(enumerate(change.blocks, start=change.first))
+        chunks = [*zip(batch.decode_rows.tolist(), batch.decode_positions.tolist(), itertools.repeat(1))]
+        for chunk in batch.prefills:
+            self._tokens[chunk.row] = chunk.request.token_slice(0, chunk.request.num_tokens).tolist()
+            chunks.append((chunk.row, chunk.start, chunk.num_tokens))
         written: set[int] = set()
-        for request, start, length in chunks:
-            tokens = request.token_slice(0, request.num_tokens).tolist()
+        for row, start, length in chunks:
             for position in range(start, start + length):
-                slot = self._slot(request, position)
+                slot = self._slot(row, position)
                 assert slot not in written, "two tokens of one step share a slot"
                 written.add(slot)
-                self._slots[slot] = tuple(tokens[: position + 1])
-        for request, start, length in chunks:
-            tokens = request.token_slice(0, request.num_tokens).tolist()
+                self._slots[slot] = tuple(self._tokens[row][: position + 1])
+        for row, start, length in chunks:
             for position in range(start + length):
-                assert self._slots[self._slot(request, position)] == tuple(tokens[: position + 1])
+                assert self._slots[self._slot(row, position)] == tuple(self._tokens[row][: position + 1])
+        for row in batch.sampled_rows.tolist():
+            self._tokens[row].append(1)
 
-    def _slot(self, request: Request, position: int) -> int:
-        return request.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+    def _slot(self, row: int, position: int) -> int:
+        return self._tables[row][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
 
 
-def take_step(scheduler: Scheduler, batch: ScheduledBatch) -> list[Request]:
-    """What the engine does after a step; the next token is always 1. Returns the finished requests."""
-    sampled = batch.sampled
-    for request in batch.decodes:
-        request.num_computed_tokens += 1
-    for chunk in batch.prefills:
-        chunk.request.num_computed_tokens += chunk.num_tokens
-    for request in sampled:
-        request.output_token_ids.append(1)
-    finished = [request for request in sampled if len(request.output_token_ids) == request.max_tokens]
-    for request in finished:
-        scheduler.finish(request)
-    return finished
+def take_tokens(scheduler: Scheduler, batch: ScheduledBatch) -> list[Request]:
+    """What the engine does when a step's tokens are known: each is 1. Returns the finished requests."""
+    running = scheduler.running
+    rows = batch.sampled_rows[running.serials[batch.sampled_rows] == batch.sampled_serials]
+    running.record(rows, np.ones(len(rows), dtype=np.int32))
+    return [scheduler.finish(row) for row in rows[running.known_tokens[rows] >= running.max_tokens[rows]].tolist()]
 
 
 REQUESTS = st.lists(
@@ -70,6 +75,7 @@ REQUESTS = st.lists(
     budget=st.integers(1, 40),
     has_prefix_cache=st.booleans(),
     is_two_ended=st.booleans(),
+    lag=st.integers(0, 1),
 )
 def test_every_request_runs_once_and_sees_its_own_past(
     requests: list[tuple[list[int], int, int]],
@@ -78,7 +84,9 @@ def test_every_request_runs_once_and_sees_its_own_past(
     budget: int,
     has_prefix_cache: bool,
     is_two_ended: bool,
+    lag: int,
 ) -> None:
+    """lag: steps that are planned before a step's tokens are known."""
     stated: list[dict[str, Any]] = [
         {"row_index": row, "prompt_token_ids": prompt, "max_tokens": tokens, "estimated_output_tokens": estimate}
         for row, (prompt, tokens, estimate) in enumerate(requests)
@@ -91,16 +99,20 @@ def test_every_request_runs_once_and_sees_its_own_past(
         max_num_batched_tokens=budget,
         max_model_len=48,
     )
-    slots, ended, num_steps = RememberedSlots(), [], 0
+    slots, num_steps = RememberedSlots(max_num_seqs), 0
+    ended: list[tuple[int, str]] = []
+    in_flight: list[ScheduledBatch] = []
     while scheduler.has_unfinished:
         batch = scheduler.schedule()
         num_steps += 1
-        assert batch.num_tokens <= budget and len(scheduler.running) <= max_num_seqs
-        assert batch.num_tokens > 0 or batch.failed, "a step without progress"
-        cache.check_integrity(scheduler.running)
+        assert batch.num_tokens <= budget and scheduler.running.num_rows <= max_num_seqs
+        assert batch.num_tokens > 0 or batch.failed or in_flight, "a step without progress"
+        cache.check_integrity(request for request in scheduler.running.requests if request is not None)
         slots.run(batch)
         ended += [(request.row_index, "failed") for request, _ in batch.failed]
-        ended += [(request.row_index, "done") for request in take_step(scheduler, batch)]
+        in_flight.append(batch)
+        while len(in_flight) > lag or (in_flight and batch.num_tokens == 0):
+            ended += [(request.row_index, "done") for request in take_tokens(scheduler, in_flight.pop(0))]
         assert num_steps < 5000
     fits = {row for row, (prompt, tokens, _) in enumerate(requests) if _fits(prompt, tokens, num_blocks)}
     assert sorted(row for row, _ in ended) == list(range(len(requests)))
@@ -118,7 +130,7 @@ def run_to_end(scheduler: Scheduler) -> list[ScheduledBatch]:
     batches = []
     while scheduler.has_unfinished:
         batches.append(scheduler.schedule())
-        take_step(scheduler, batches[-1])
+        take_tokens(scheduler, batches[-1])
     return batches
 
 
@@ -166,7 +178,7 @@ def test_a_wrong_estimate_preempts_the_latest_admitted() -> None:
     while scheduler.has_unfinished:
         batch = scheduler.schedule()
         num_preempted += batch.num_preempted
-        finished += [request.row_index for request in take_step(scheduler, batch)]
+        finished += [request.row_index for request in take_tokens(scheduler, batch)]
     assert num_preempted > 0
     assert finished == [0, 1, 2, 3]
 
@@ -184,7 +196,7 @@ def test_the_left_front_goes_on_while_the_right_one_waits_for_room() -> None:
     while scheduler.has_unfinished:
         batch = scheduler.schedule()
         assert batch.num_preempted == 0
-        finished += [request.row_index for request in take_step(scheduler, batch)]
+        finished += [request.row_index for request in take_tokens(scheduler, batch)]
     assert finished.index(14) < finished.index(13) < finished.index(12)  # the long ones, from the right end
     assert finished.index(14) >= 6  # short ones ran beside the first long one
 

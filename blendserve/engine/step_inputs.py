@@ -1,0 +1,126 @@
+"""A scheduled batch as the arrays that go to the device: one for the model, in a fixed layout, and one for sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from blendserve.engine.running import IntArray
+from blendserve.engine.scheduled_batch import ScheduledBatch, TableChange
+from blendserve.models.batch import DecodePart, ModelBatch, PrefillPart
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """How many tokens, decodes and prefill chunks the model gets, padding included."""
+
+    num_tokens: int
+    num_decodes: int
+    num_chunks: int
+
+    @property
+    def sizes(self) -> list[int]:
+        """The parts of the model's array: token_ids, positions, slots, then rows and contexts of decodes and chunks,
+        and where the chunks begin."""
+        chunks = [self.num_chunks, self.num_chunks, self.num_chunks + 1]
+        return [self.num_tokens] * 3 + [self.num_decodes] * 2 + chunks
+
+    @property
+    def num_words(self) -> int:
+        return sum(self.sizes)
+
+
+class BlockTables:
+    """The block tables of all rows, on the host and on the device, int32 [max_num_seqs + 1, max_blocks].
+
+    The last row is for padding: nothing is ever stored or read through it.
+    """
+
+    def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
+        self._host = np.zeros((max_num_seqs + 1, max_blocks), dtype=np.int32)
+        self.device = torch.zeros((max_num_seqs + 1, max_blocks), dtype=torch.int32, device=device)
+
+    def change(self, changes: list[TableChange]) -> tuple[IntArray, IntArray]:
+        """Take changes in on the host. Returns (index into the flat table, block) for the device to do the same."""
+        max_blocks = self._host.shape[1]
+        starts = [change.row * max_blocks + change.first for change in changes]
+        index = ranges(np.array(starts, dtype=np.int64), np.array([len(c.blocks) for c in changes], dtype=np.int64))
+        blocks = np.array([block for change in changes for block in change.blocks], dtype=np.int64)
+        self._host.ravel()[index] = blocks
+        return index, blocks
+
+    def slots(self, rows: IntArray, positions: IntArray, block_size: int) -> IntArray:
+        """Where in the KV cache the tokens at these positions of these rows are stored."""
+        block_index, offset = np.divmod(positions, block_size)
+        result: IntArray = self._host[rows, block_index].astype(np.int64) * block_size + offset
+        return result
+
+
+def model_words(batch: ScheduledBatch, shape: StepShape, tables: BlockTables, block_size: int, out: IntArray) -> None:
+    """Fill `out`, int64 [shape.num_words]. A decode's token is known to the device alone: -1 - row stands for it."""
+    parts = np.split(out, np.cumsum(shape.sizes)[:-1])
+    token_ids, positions, slots, decode_rows, decode_contexts, chunk_rows, chunk_contexts, chunk_starts = parts
+    num_decodes, num_chunks, num_tokens = len(batch.decode_rows), len(batch.prefills), batch.num_tokens
+    rows = np.array([chunk.row for chunk in batch.prefills], dtype=np.int64)
+    starts = np.array([chunk.start for chunk in batch.prefills], dtype=np.int64)
+    lens = np.array([chunk.num_tokens for chunk in batch.prefills], dtype=np.int64)
+    token_ids[:num_decodes] = -1 - batch.decode_rows
+    if num_chunks:
+        np.concatenate([chunk.token_ids for chunk in batch.prefills], out=token_ids[num_decodes:num_tokens])
+    positions[:num_decodes] = batch.decode_positions
+    positions[num_decodes:num_tokens] = ranges(starts, lens)
+    token_rows = np.concatenate((batch.decode_rows, np.repeat(rows, lens)))
+    slots[:num_tokens] = tables.slots(token_rows, positions[:num_tokens], block_size)
+    token_ids[num_tokens:] = positions[num_tokens:] = 0
+    slots[num_tokens:] = -1
+    padding_row = tables.device.shape[0] - 1
+    _fill(decode_rows, batch.decode_rows, padding_row)
+    _fill(decode_contexts, batch.decode_positions + 1, 0)
+    _fill(chunk_rows, rows, padding_row)
+    _fill(chunk_contexts, starts + lens, 0)
+    _fill(chunk_starts, num_decodes + np.concatenate(([0], np.cumsum(lens))), num_tokens)
+
+
+def model_batch(
+    words: torch.Tensor, shape: StepShape, tables: torch.Tensor, last_tokens: torch.Tensor, longest_chunk: int
+) -> ModelBatch:
+    """The batch from its words on the device, int64 [shape.num_words]. tables: as wide as the longest context needs.
+
+    last_tokens: int64 [rows], the token that each row sampled last. longest_chunk: in tokens, an upper bound.
+    """
+    token_ids, positions, slots, *parts = torch.split(words, shape.sizes)
+    decode_rows, decode_contexts, chunk_rows, chunk_contexts, chunk_starts = parts
+    sampled = last_tokens[(-1 - token_ids).clamp(min=0)]
+    return ModelBatch(
+        token_ids=torch.where(token_ids < 0, sampled, token_ids),
+        positions=positions,
+        slot_mapping=slots,
+        decode=DecodePart(tables[decode_rows], decode_contexts.int()) if shape.num_decodes else None,
+        prefill=PrefillPart(tables[chunk_rows], chunk_starts.int(), chunk_contexts.int(), longest_chunk)
+        if shape.num_chunks
+        else None,
+    )
+
+
+def sampled_tokens(batch: ScheduledBatch) -> IntArray:
+    """Which tokens of the batch are sampled from: the decodes, and the last of each chunk that completes its prompt."""
+    num_decodes = len(batch.decode_rows)
+    is_last = np.array([chunk.is_last for chunk in batch.prefills], dtype=np.bool_)
+    chunk_ends = num_decodes + np.cumsum([chunk.num_tokens for chunk in batch.prefills], dtype=np.int64) - 1
+    return np.concatenate((np.arange(num_decodes, dtype=np.int64), chunk_ends[is_last]))
+
+
+def ranges(starts: IntArray, lens: IntArray) -> IntArray:
+    """[start, start + len) of each pair, one after the other."""
+    ends = np.cumsum(lens)
+    within = np.arange(lens.sum(), dtype=np.int64)
+    result: IntArray = within + np.repeat(starts - (ends - lens), lens)
+    return result
+
+
+def _fill(target: NDArray[np.int64], values: IntArray, padding: int) -> None:
+    target[: len(values)] = values
+    target[len(values) :] = padding
