@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from blendserve.errors import BlendServeError, Interrupted, PlanError
+from blendserve.errors import BlendServeError, Interrupted, InUseError, PlanError
 from blendserve.manifest import PlanManifest, ShardManifest, read_manifest
 
 _POLL_SECONDS = 0.2
@@ -50,7 +50,8 @@ def run_shard_process(
     Finished rows of an earlier attempt are kept and not run again. `should_stop` is asked five times a second; when
     it says yes, or when this thread is interrupted, the engine writes out what is finished and ends.
 
-    Raises Interrupted when stopped, PlanError for an unknown shard or bad plan, EngineProcessError otherwise.
+    Raises Interrupted when stopped, InUseError when another process has the shard, PlanError for an unknown shard or
+    bad plan, EngineProcessError otherwise.
     """
     plan = read_manifest(plan_folder / "plan.json", PlanManifest)
     # The engine ends with us, however we end: the pipe to its stdin closes.
@@ -70,6 +71,8 @@ def run_shard_process(
     detail = "\n".join(lines) or "it wrote nothing"
     if status in (Interrupted.exit_status, -2, -15):
         raise Interrupted(f"Shard {shard} was stopped. What is finished is kept; run again to go on.")
+    if status == InUseError.exit_status:
+        raise InUseError(lines[-1])
     if status == PlanError.exit_status:
         raise PlanError(f"Shard {shard} can't run: {detail}")
     raise EngineProcessError(

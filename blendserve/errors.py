@@ -31,9 +31,15 @@ class ModelError(BlendServeError):
 
 
 class OutputError(BlendServeError):
-    """The output folder can't be used: not writable, not ours, in use, or holding another job."""
+    """The output folder can't be used: not writable, not ours, or holding another job."""
 
     exit_status = 2
+
+
+class InUseError(BlendServeError):
+    """Another process works on the same job or shard, or has taken it over. Trying again later helps."""
+
+    exit_status = 75
 
 
 class PlanError(BlendServeError):

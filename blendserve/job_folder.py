@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from blendserve.file_store import LocalStore
+from blendserve.lease import counted_files
+
 
 @dataclass(frozen=True, slots=True)
 class JobFolder:
@@ -15,6 +18,7 @@ class JobFolder:
     sample/       a plan of one shard: the requests that run first to learn output lengths
     plan/         plan.json and shards/shard-*.parquet
     completions/  sample/ and shard-*/, each with part-*.parquet, metrics.parquet and shard.json
+    leases/       which process has the job in hand; a shard's folder has one of its own
     """
 
     root: Path
@@ -24,8 +28,9 @@ class JobFolder:
         return self.root / "job.json"
 
     @property
-    def lock(self) -> Path:
-        return self.root / ".lock"
+    def leases(self) -> Path:
+        """Who has the job in hand: see `blendserve.lease`."""
+        return self.root / "leases"
 
     @property
     def work(self) -> Path:
@@ -52,8 +57,9 @@ class JobFolder:
         return self.root / "completions"
 
     def completion_files(self) -> list[Path]:
-        """The finished part files of the sample and of all shards."""
-        return sorted(self.completions.glob("**/part-*.parquet"))
+        """The part files of the sample and of all shards that count; see `blendserve.lease` for which do."""
+        folders = sorted({path.parent for path in self.completions.glob("**/part-*.parquet")})
+        return [folder / name for folder in folders for name in counted_files(LocalStore(folder), "part-")]
 
     @property
     def results(self) -> Path:

@@ -6,7 +6,6 @@ Invariants: a folder that isn't ours is never written to; work of another job is
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -18,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from blendserve.errors import OutputError
+from blendserve.file_store import LocalStore
 from blendserve.input_files import InputFiles
 from blendserve.job_folder import JobFolder
+from blendserve.lease import acquire_lease
 from blendserve.manifest import FrozenManifest, read_manifest, write_manifest
 from blendserve.models.source import model_identity
 from blendserve.spec import JobSpec, SamplingSpec
@@ -95,7 +96,7 @@ def check_claimable(folder: JobFolder, record: JobRecord) -> None:
         folder.root.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.root.iterdir()}
     if not folder.job.is_file():
-        foreign = sorted(names - {folder.lock.name, probe.name})
+        foreign = sorted(names - {folder.leases.name, probe.name})
         if foreign:
             raise OutputError(
                 f"Output folder {folder.root} is not empty and holds no job of ours ({', '.join(foreign[:5])}"
@@ -129,20 +130,13 @@ def _discard(folder: JobFolder) -> None:
 
 @contextmanager
 def holding(folder: JobFolder) -> Iterator[None]:
-    """Hold the folder's lock, so that two runs of one job can't work on it at once. It goes with the process.
+    """Hold the job, so that two runs of it can't work on its folder at once.
 
-    Raises OutputError when another process holds it.
+    Raises InUseError when another process holds it.
     """
     with writing_to(folder.root):
-        folder.root.mkdir(parents=True, exist_ok=True)
-        file = folder.lock.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"Output folder {folder.root} is in use by another run of this job. Wait for it or stop it."
-            ) from error
+        lease = acquire_lease(LocalStore(folder.root), f"Output folder {folder.root}")
+    with lease:
         yield
 
 

@@ -70,7 +70,7 @@ class ShardManifest(FrozenManifest):
     num_completion_tokens: int
     num_preemptions: int
     num_steps: int
-    seconds: float  # first to last step of the last attempt
+    seconds: float  # in steps, over all attempts
     device: str
     versions: dict[str, str]
 
@@ -112,14 +112,15 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to the file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

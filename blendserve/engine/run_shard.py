@@ -29,9 +29,9 @@ from blendserve.engine.engine import LLMEngine
 from blendserve.engine.request import Completion, FinishReason
 from blendserve.engine.shard_folder import CompletionWriter, ShardFolder
 from blendserve.engine.shard_reader import ShardReader
-from blendserve.engine.step_metrics import StepMetrics
+from blendserve.engine.step_metrics import StepMetrics, ended_seconds
 from blendserve.errors import BlendServeError, Interrupted, PlanError, ReconciliationError
-from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan, read_manifest, write_manifest
+from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan, read_manifest
 
 _PROGRESS_SECONDS = 1.0
 
@@ -60,15 +60,18 @@ def run_shard(
     """Run what is left of a shard of the plan in `plan_dir`; returns at once when nothing is.
 
     Raises Interrupted when `should_stop()` said so before the end; then all that was finished is written, and calling
-    it again goes on. Raises PlanError, ModelError, UsageError or OutputError for what plan, model, device or disk lack.
+    it again goes on. Raises InUseError when another process runs the shard or has taken it over; PlanError, ModelError,
+    UsageError or OutputError for what plan, model, device or disk lack.
     """
     plan = read_manifest(plan_dir / "plan.json", PlanManifest)
     shard_plan = _find_shard(plan, shard, plan_dir)
     folder = ShardFolder((plan_dir / plan.completions).resolve() / f"shard-{shard:05d}")
+    if (finished := _finished(folder, plan)) is not None:
+        return finished
     with folder.locked():
-        finished = _finished(folder, plan)
-        if finished is not None:
+        if (finished := _finished(folder, plan)) is not None:  # by whom we waited for
             return finished
+        folder.remove_manifest()  # of an earlier plan; its completions stay
         folder.clean_up()
         return _ShardRun(plan_dir, plan, shard_plan, folder, on_progress).run(should_stop)
 
@@ -81,14 +84,9 @@ def _find_shard(plan: PlanManifest, shard: int, plan_dir: Path) -> ShardPlan:
 
 
 def _finished(folder: ShardFolder, plan: PlanManifest) -> ShardManifest | None:
-    """The manifest of a shard that is done. One of an earlier plan is removed; its completions stay."""
-    if not folder.manifest.exists():
-        return None
-    manifest = read_manifest(folder.manifest, ShardManifest)
-    if manifest.plan_id == plan.plan_id:
-        return manifest
-    folder.manifest.unlink()
-    return None
+    """The manifest of a shard that is done; that of an earlier plan doesn't count."""
+    manifest = folder.read_manifest()
+    return manifest if manifest is not None and manifest.plan_id == plan.plan_id else None
 
 
 class _ShardRun:
@@ -117,7 +115,7 @@ class _ShardRun:
         self._num_done = self._num_resumed
         self._num_tokens = 0
         self._reported_at = 0.0
-        self._steps: list[StepMetrics] = []
+        self._last_step: StepMetrics | None = None
 
     def run(self, should_stop: Callable[[], bool]) -> ShardManifest:
         device = describe_device(resolve_device(self._plan.engine))
@@ -132,9 +130,8 @@ class _ShardRun:
                 f"Shard {self._shard_plan.shard} was asked to stop with {self._num_done} of {self._num_requests} "
                 "requests finished. They are written; run the shard again to go on."
             )
-        self._folder.write_metrics(self._steps)
-        manifest = self._manifest(device)
-        write_manifest(self._folder.manifest, manifest)
+        manifest = self._manifest(device, self._folder.write_metrics())
+        self._folder.publish(manifest)
         return manifest
 
     def _run_engine(self, should_stop: Callable[[], bool]) -> None:
@@ -149,17 +146,22 @@ class _ShardRun:
         )
 
         def on_step(metrics: StepMetrics) -> None:
-            self._steps.append(metrics)
             self._num_tokens += metrics.num_prefill_tokens + metrics.num_cached_tokens + metrics.num_decode_tokens
-            writer.flush_if_due()
+            writer.add_step(metrics)
+            self._last_step = metrics
             self._report(metrics)
 
         def on_finished(completion: Completion) -> None:
             writer.add(completion)
             self._num_done += 1
+            if self._num_done == self._num_requests and self._last_step is not None:
+                self._report(self._last_step)
+
+        def must_stop() -> bool:
+            return self._folder.is_lost or should_stop()
 
         try:
-            engine.run(self._reader, on_finished=on_finished, on_step=on_step, should_stop=should_stop)
+            engine.run(self._reader, on_finished=on_finished, on_step=on_step, should_stop=must_stop)
         finally:
             writer.flush()
 
@@ -182,18 +184,18 @@ class _ShardRun:
             )
         )
 
-    def _manifest(self, device: str) -> ShardManifest:
+    def _manifest(self, device: str, metrics: pa.Table) -> ShardManifest:
         counts = self._folder.read_counts()
         counts = counts.filter(pc.is_in(counts.column("row_index"), pa.array(self._reader.row_indices)))
         num_rows = pc.count_distinct(counts.column("row_index")).as_py()
         if counts.num_rows != self._num_requests or num_rows != self._num_requests:
             raise ReconciliationError(
-                f"{self._folder.path} holds {counts.num_rows} completions of {num_rows} requests, expected one for "
+                f"{self._folder.place} holds {counts.num_rows} completions of {num_rows} requests, expected one for "
                 f"each of {self._num_requests}. Remove the folder and run the shard again."
             )
 
-        def total(column: str) -> int:
-            return int(pc.sum(counts.column(column)).as_py() or 0)
+        def total(column: str, table: pa.Table = counts) -> int:
+            return int(pc.sum(table.column(column)).as_py() or 0)
 
         num_failed = int(pc.sum(pc.equal(counts.column("finish_reason"), FinishReason.ERROR.value)).as_py() or 0)
         return ShardManifest(
@@ -207,9 +209,9 @@ class _ShardRun:
             num_prompt_tokens=total("num_prompt_tokens"),
             num_cached_tokens=total("num_cached_tokens"),
             num_completion_tokens=total("num_completion_tokens"),
-            num_preemptions=sum(step.num_preempted for step in self._steps),
-            num_steps=len(self._steps),
-            seconds=self._steps[-1].started_seconds + self._steps[-1].step_seconds if self._steps else 0.0,
+            num_preemptions=total("num_preempted", metrics),
+            num_steps=metrics.num_rows,
+            seconds=ended_seconds(metrics),
             device=device,
             versions=_versions(),
         )

@@ -1,126 +1,202 @@
-"""A shard's completions folder: part files that only ever appear whole, a lock, metrics, and shard.json last.
+"""A shard's completions folder: part files that only ever appear whole, metrics, shard.json last, and who is at work.
 
-completions/shard-00000/  part-*.parquet  metrics.parquet  shard.json  .lock
+completions/shard-00000/  part-*.parquet  steps-*.parquet  metrics.parquet  shard.json  leases/
+
+A part's name starts with the attempt that wrote it. Which parts count is what the lease says: see `blendserve.lease`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blendserve.engine.request import Completion, FinishReason
-from blendserve.engine.step_metrics import StepMetrics, metrics_table
+from blendserve.engine.step_metrics import StepMetrics, ended_seconds, metrics_table
 from blendserve.errors import OutputError
-from blendserve.manifest import replacing
-from blendserve.schemas import COMPLETIONS
+from blendserve.file_store import open_store
+from blendserve.lease import Lease, acquire_lease
+from blendserve.manifest import ShardManifest
+from blendserve.schemas import COMPLETIONS, STEP_METRICS
 
-LOCK_SECONDS = 20.0
+# An engine that was told to stop still writes out what it finished: that takes seconds.
+STOP_SECONDS = 20.0
 _PART_COMPLETIONS = 64
 _PART_SECONDS = 2.0
+_METRICS_SECONDS = 30.0
 _COUNTED = ["row_index", "finish_reason", "num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"]
+_MANIFEST = "shard.json"
+_PREFIXES = ("part-", "steps-")
 
 
 class ShardFolder:
-    """The folder of one shard. Hold `locked()` while reading and writing it."""
+    """The folder of one shard, local or on an object store. Only within `locked()` may it be changed."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._next_part: int | None = None  # known after the first write
-
-    @property
-    def manifest(self) -> Path:
-        return self.path / "shard.json"
+    def __init__(self, place: Path | str) -> None:
+        self.place = place
+        self._store = open_store(place)
+        self._lease: Lease | None = None
+        self._num_written = 0
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process out. Raises OutputError when one is in, or when the folder can't be written."""
-        with _reporting_full_disk(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
-        with lock:
-            # An engine that was told to stop still writes out what it finished: that takes seconds.
-            deadline = time.monotonic() + LOCK_SECONDS
-            while not _try_lock(lock):
-                if time.monotonic() >= deadline:
-                    raise OutputError(
-                        f"{self.path} is in use: another process is running this shard. Wait for it, or stop it first."
-                    )
-                time.sleep(0.1)
+        """Keep every other process out.
+
+        Raises InUseError when one is in, OutputError when the folder can't be written.
+        """
+        with _reporting_full_disk(self.place):
+            self._lease = acquire_lease(
+                self._store, f"Shard folder {self.place}", prefixes=_PREFIXES, wait_seconds=STOP_SECONDS
+            )
+        with self._lease:
             yield
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process was seen to have taken over."""
+        return self._held.is_lost
+
+    def read_manifest(self) -> ShardManifest | None:
+        """`shard.json`, or None as long as the shard isn't done."""
+        content = self._store.read(_MANIFEST)
+        return None if content is None else ShardManifest.model_validate_json(content)
+
+    def remove_manifest(self) -> None:
+        self._held.check()
+        self._store.remove(_MANIFEST)
+
     def clean_up(self) -> None:
-        """Remove what a killed attempt left half-written, and failed rows, so that they run again."""
-        for path in self.path.glob(".*.tmp"):
-            path.unlink()
-        for path in self._parts():
-            table = pq.read_table(path, schema=COMPLETIONS)
+        """Remove what a killed attempt left half-written, and rows that failed earlier, so that they run again.
+
+        Parts stay as they are for whoever reads them; what is kept of one with failed rows becomes a part of ours.
+        """
+        self._store.remove_unfinished()
+        kept = []
+        for name in self._names("part-"):
+            table = self._read(name, COMPLETIONS)
             succeeded = table.filter(pc.field("finish_reason") != FinishReason.ERROR.value)
-            if succeeded.num_rows < table.num_rows:
-                self._write(path, succeeded)
+            if succeeded.num_rows == table.num_rows:
+                kept.append(name)
+            elif succeeded.num_rows:
+                self._write_numbered("part", succeeded)
+        self._held.take_over([*kept, *self._names("steps-")])
 
     def read_counts(self) -> pa.Table:
-        """row_index, finish_reason and token counts of all completions that are there."""
-        tables = [pq.read_table(path, columns=_COUNTED) for path in self._parts()]
-        empty = pa.schema([COMPLETIONS.field(name) for name in _COUNTED]).empty_table()
-        return pa.concat_tables([empty, *tables])
+        """row_index, finish_reason and token counts of all completions that count."""
+        schema = pa.schema([COMPLETIONS.field(name) for name in _COUNTED])
+        return pa.concat_tables([schema.empty_table(), *(self._read(name, schema) for name in self._names("part-"))])
 
     def write_part(self, completions: Sequence[Completion]) -> None:
-        """Write one more part file. Raises OutputError when the disk is full; earlier parts stay as they are."""
-        if self._next_part is None:
-            numbers = [int(path.stem.removeprefix("part-")) for path in self._parts()]
-            self._next_part = max(numbers, default=-1) + 1
-        self._write(self.path / f"part-{self._next_part:05d}.parquet", _completions_table(completions))
-        self._next_part += 1
+        """Write one more part file.
 
-    def write_metrics(self, steps: Sequence[StepMetrics]) -> None:
-        self._write(self.path / "metrics.parquet", metrics_table(steps))
+        Raises OutputError when the disk is full, InUseError when another process has taken over; earlier parts stay.
+        """
+        self._write_numbered("part", _completions_table(completions))
 
-    def _write(self, path: Path, table: pa.Table) -> None:
-        with _reporting_full_disk(self.path), replacing(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
+    def write_steps(self, steps: Sequence[StepMetrics]) -> None:
+        """Keep the metrics of some steps, so that the shard's metrics hold those of an attempt that was killed too."""
+        self._write_numbered("steps", metrics_table(steps))
 
-    def _parts(self) -> list[Path]:
-        return sorted(self.path.glob("part-*.parquet"))
+    def write_metrics(self) -> pa.Table:
+        """Join the steps of all attempts, one after the other, in `metrics.parquet`, and return them."""
+        attempts: dict[str, list[pa.Table]] = {}
+        for name in self._names("steps-"):
+            attempts.setdefault(name.rpartition("-")[0], []).append(self._read(name, STEP_METRICS))
+        joined = STEP_METRICS.empty_table()
+        for tables in attempts.values():
+            joined = pa.concat_tables([joined, _after(joined, pa.concat_tables(tables))])
+        self._write("metrics.parquet", joined)
+        return joined
+
+    def publish(self, manifest: ShardManifest) -> None:
+        """Declare the shard done: what counts now counts for good. Raises InUseError when another process took over."""
+        steps = self._names("steps-")
+        with _reporting_full_disk(self.place):
+            self._held.close(self._names("part-"))
+            self._store.write(_MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
+            for name in steps:
+                self._store.remove(name)
+
+    @property
+    def _held(self) -> Lease:
+        if self._lease is None:
+            raise RuntimeError("a shard's folder is changed within locked() only")
+        return self._lease
+
+    def _names(self, prefix: str) -> list[str]:
+        return self._held.counted(self._store.names(prefix))
+
+    def _read(self, name: str, schema: pa.Schema) -> pa.Table:
+        return pq.read_table(pa.BufferReader(self._store.read(name)), columns=schema.names).cast(schema)
+
+    def _write_numbered(self, kind: str, table: pa.Table) -> None:
+        self._write(f"{kind}-{self._held.attempt}-{self._num_written:05d}.parquet", table)
+        self._num_written += 1
+
+    def _write(self, name: str, table: pa.Table) -> None:
+        with _reporting_full_disk(self.place):
+            self._held.check()
+            sink = pa.BufferOutputStream()
+            pq.write_table(table, sink, compression="zstd")
+            self._store.write(name, sink.getvalue().to_pybytes())
+
+
+def _after(earlier: pa.Table, steps: pa.Table) -> pa.Table:
+    """`steps` with numbers and times that go on where `earlier` ends."""
+    if not earlier.num_rows:
+        return steps
+    offsets = {"step": earlier.num_rows, "started_seconds": ended_seconds(earlier)}
+    for name, offset in offsets.items():
+        position = STEP_METRICS.get_field_index(name)
+        steps = steps.set_column(position, STEP_METRICS.field(name), pc.add(steps.column(name), offset))
+    return steps
 
 
 class CompletionWriter:
-    """Collects completions and writes them every 64 of them or every 2 seconds, so that a crash loses little."""
+    """Collects completions and writes them every 64 of them or every 2 seconds, so that a crash loses little.
+
+    The metrics of the steps go along every 30 seconds.
+    """
 
     def __init__(self, folder: ShardFolder) -> None:
         self._folder = folder
         self._pending: list[Completion] = []
-        self._written_at = time.monotonic()
+        self._steps: list[StepMetrics] = []
+        self._written_at = self._steps_written_at = time.monotonic()
 
     def add(self, completion: Completion) -> None:
         self._pending.append(completion)
 
-    def flush_if_due(self) -> None:
-        is_due = time.monotonic() - self._written_at >= _PART_SECONDS or len(self._pending) >= _PART_COMPLETIONS
-        if self._pending and is_due:
-            self.flush()
+    def add_step(self, metrics: StepMetrics) -> None:
+        """Take in a step, and write what is due."""
+        self._steps.append(metrics)
+        now = time.monotonic()
+        if self._pending and (now - self._written_at >= _PART_SECONDS or len(self._pending) >= _PART_COMPLETIONS):
+            self._flush_completions()
+        if now - self._steps_written_at >= _METRICS_SECONDS:
+            self._flush_steps()
 
     def flush(self) -> None:
         """Write what is pending, if anything is."""
+        self._flush_completions()
+        self._flush_steps()
+
+    def _flush_completions(self) -> None:
         if self._pending:
             self._folder.write_part(self._pending)
             self._pending = []
         self._written_at = time.monotonic()
 
-
-def _try_lock(lock: IO[str]) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    def _flush_steps(self) -> None:
+        if self._steps:
+            self._folder.write_steps(self._steps)
+            self._steps = []
+        self._steps_written_at = time.monotonic()
 
 
 def _completions_table(completions: Sequence[Completion]) -> pa.Table:
@@ -142,7 +218,7 @@ def _completions_table(completions: Sequence[Completion]) -> pa.Table:
 
 
 @contextmanager
-def _reporting_full_disk(folder: Path) -> Iterator[None]:
+def _reporting_full_disk(folder: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

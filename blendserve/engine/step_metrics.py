@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from blendserve.schemas import STEP_METRICS
 
@@ -32,3 +33,9 @@ class StepMetrics:
 def metrics_table(steps: Sequence[StepMetrics]) -> pa.Table:
     columns = {field.name: [getattr(step, field.name) for step in steps] for field in fields(StepMetrics)}
     return pa.table(columns, schema=STEP_METRICS)
+
+
+def ended_seconds(metrics: pa.Table) -> float:
+    """When the last step ended, in seconds since the first one began; 0 without steps."""
+    ends = pc.add(metrics.column("started_seconds"), metrics.column("step_seconds"))
+    return float(pc.max(ends).as_py() or 0.0)

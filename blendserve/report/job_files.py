@@ -14,8 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from blendserve.file_store import LocalStore
 from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, read_record
+from blendserve.lease import counted_files
 from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan, read_manifest
 
 
@@ -36,7 +38,7 @@ class ShardRun:
 
     @property
     def completion_files(self) -> list[Path]:
-        return sorted(self.completions.glob("part-*.parquet"))
+        return [self.completions / name for name in counted_files(LocalStore(self.completions), "part-")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,5 +108,5 @@ def test_two_runs_of_one_job_at_once(options: list[object], tmp_path: Path, blen
     second = blendserve("run", *options)
     process.communicate()
     assert process.returncode == 0
-    assert second.status == 2
-    assert "in use by another run" in second.result["error"]
+    assert second.status == 75
+    assert "in use by process" in second.result["error"]

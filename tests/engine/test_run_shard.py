@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import signal
@@ -18,9 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from blendserve import lease
 from blendserve.engine import shard_folder
 from blendserve.engine.run_shard import Progress, main, run_shard
-from blendserve.errors import Interrupted, OutputError, PlanError
+from blendserve.errors import Interrupted, InUseError, OutputError, PlanError
+from blendserve.file_store import LocalStore
+from blendserve.lease import counted_files
 from blendserve.manifest import ShardManifest, read_manifest
 from blendserve.schemas import COMPLETIONS, STEP_METRICS
 from tests.engine.engine_runs import generate, make_prompts, stated_requests, write_plan
@@ -39,11 +41,11 @@ def run(plan_dir: Path, should_stop: Callable[[], bool] = never) -> ShardManifes
 
 
 def completions(plan_dir: Path) -> list[dict[str, Any]]:
-    """All completions in the order of their rows, after a check that each request has one only."""
-    paths = sorted((plan_dir.parent / "completions/shard-00000").glob("part-*.parquet"))
+    """All completions that count in the order of their rows, after a check that each request has one only."""
+    folder = plan_dir.parent / "completions/shard-00000"
     rows: list[dict[str, Any]] = []
-    for path in paths:
-        table = pq.read_table(path)
+    for name in counted_files(LocalStore(folder), "part-"):
+        table = pq.read_table(folder / name)
         assert table.schema == COMPLETIONS
         rows += table.to_pylist()
     assert len({row["row_index"] for row in rows}) == len(rows)
@@ -109,9 +111,7 @@ def test_a_finished_shard_is_not_run_again(plan_dir: Path) -> None:
     folder = plan_dir.parent / "completions/shard-00000"
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert run(plan_dir, should_stop=lambda: True) == first
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"} == {
-        path: stamp for path, stamp in times.items() if path.name != ".lock"
-    }
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
 
 def test_stopped_between_steps_it_goes_on_later(llama: Path, tmp_path: Path, whole: list[tuple[Any, ...]]) -> None:
@@ -179,14 +179,52 @@ def test_the_last_line_of_stdout_is_the_manifest(
 
 
 def test_a_second_process_is_kept_out(plan_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_folder, "LOCK_SECONDS", 0.3)
-    folder = plan_dir.parent / "completions/shard-00000"
-    folder.mkdir(parents=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="another process is running this shard"):
-            run(plan_dir)
+    monkeypatch.setattr(shard_folder, "STOP_SECONDS", 0.3)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.6)
+    store = LocalStore(plan_dir.parent / "completions/shard-00000")
+    with lease.acquire_lease(store, "Shard"), pytest.raises(InUseError, match=f"in use by process {os.getpid()} on"):
+        run(plan_dir)
     assert run(plan_dir).num_succeeded == NUM_REQUESTS
+
+
+def test_a_process_that_was_taken_over_from_publishes_nothing(
+    llama: Path, tmp_path: Path, whole: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is paused in mid-shard for longer than its lease, as by SIGSTOP; the second one finishes."""
+    plan_dir = tmp_path / "plan"
+    write_plan(plan_dir, llama, REQUESTS, max_num_seqs=4)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.4)
+    monkeypatch.setattr(lease.Lease, "_keep_alive", lambda _self: None)
+    monkeypatch.setattr(shard_folder, "_PART_COMPLETIONS", 4)
+    folder = plan_dir.parent / "completions/shard-00000"
+    published: list[ShardManifest] = []
+
+    def while_paused() -> bool:
+        if len(list(folder.glob("part-*"))) >= 2 and not published:
+            published.append(run(plan_dir))
+        return False
+
+    with pytest.raises(InUseError, match="was taken over by another process"):
+        run(plan_dir, should_stop=while_paused)
+    (manifest,) = published
+    assert manifest.num_succeeded == NUM_REQUESTS and manifest.num_resumed >= 8
+    assert read_manifest(folder / "shard.json", ShardManifest) == manifest
+    assert results(plan_dir) == whole
+
+
+def test_metrics_and_seconds_cover_every_attempt(llama: Path, tmp_path: Path) -> None:
+    plan_dir = tmp_path / "plan"
+    write_plan(plan_dir, llama, REQUESTS, max_num_seqs=8)
+    asked = iter(range(1000))
+    with pytest.raises(Interrupted):
+        run(plan_dir, should_stop=lambda: next(asked) >= 14)
+    manifest = run(plan_dir)
+    folder = plan_dir.parent / "completions/shard-00000"
+    steps = pq.read_table(folder / "metrics.parquet").to_pydict()
+    assert steps["step"] == list(range(manifest.num_steps)) and manifest.num_steps > 14
+    assert steps["started_seconds"] == sorted(steps["started_seconds"])
+    assert manifest.seconds == steps["started_seconds"][-1] + steps["step_seconds"][-1]
+    assert not list(folder.glob("steps-*")), "they are all in metrics.parquet"
 
 
 def test_a_full_disk_is_reported_and_loses_nothing(
@@ -194,17 +232,17 @@ def test_a_full_disk_is_reported_and_loses_nothing(
 ) -> None:
     plan_dir = tmp_path / "plan"
     write_plan(plan_dir, llama, stated_requests(make_prompts(100, longest=12), 4), max_num_seqs=8)
-    write_table, num_written = pq.write_table, []
+    write_bytes, num_written = Path.write_bytes, []
 
-    def run_full(table: pa.Table, path: Path, **options: Any) -> None:
-        if num_written:
-            Path(path).write_bytes(b"some")
+    def run_full(path: Path, content: bytes) -> int:
+        if num_written and "part-" in path.name:
+            write_bytes(path, b"some")
             raise OSError(errno.ENOSPC, "No space left on device")
-        num_written.append(path)
-        write_table(table, path, **options)
+        num_written.extend([path] if "part-" in path.name else [])
+        return write_bytes(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pq, "write_table", run_full)
+        patch.setattr(Path, "write_bytes", run_full)
         with pytest.raises(OutputError, match=r"can't be written: .*No space left on device.*make room"):
             run(plan_dir)
     assert len(completions(plan_dir)) == 64

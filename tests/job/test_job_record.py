@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blendserve.errors import OutputError
+from blendserve.errors import InUseError, OutputError
 from blendserve.input_files import open_input
 from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, claim, holding, read_record, writing_to
@@ -127,7 +128,7 @@ def _try_to_hold(folder: JobFolder, outcome: Any) -> None:
     try:
         with holding(folder):
             outcome.put("held")
-    except OutputError as error:
+    except InUseError as error:
         outcome.put(str(error))
 
 
@@ -138,6 +139,6 @@ def test_two_processes_can_not_hold_one_folder(folder: JobFolder) -> None:
         process = context.Process(target=_try_to_hold, args=(folder, outcome))
         process.start()
         process.join()
-    assert "is in use by another run" in outcome.get(timeout=10)
+    assert f"is in use by process {os.getpid()} on" in outcome.get(timeout=10)
     with holding(folder):
-        assert folder.lock.is_file()
+        assert [path.name for path in folder.leases.iterdir()] == ["00001.json", "00002.json"]
