@@ -28,7 +28,7 @@ demo: $(READY)  ## Run the main job on a real model through the Airflow DAG, and
 	$(BIN)/blendserve show $(OUT)/demo/job
 
 test: $(READY) check  ## Run the linters and every test
-	tests/dags/install_browser.sh || echo "Without chromium the browser test fails; the line above says what to do."
+	tests/dags/install_programs.sh || echo "Tests that need these programs are skipped, and fail in CI."
 	$(BIN)/pytest -n 2 --dist loadfile
 
 check: $(READY)  ## Run the linters and the type checker

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.dags.airflow_server import AirflowServer
+from tests.dags.airflow_cluster import AirflowCluster, missing_programs
 
 NUM_ROWS = 12
 
@@ -65,22 +66,31 @@ def airflow_environment(
 
 
 @pytest.fixture(scope="session")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, migrated_home: Path, own_environment: dict[str, str]
-) -> Iterator[AirflowServer]:
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, own_environment: dict[str, str]
+) -> Iterator[AirflowCluster]:
     """A running Airflow with an input of three rows, one of them without a prompt."""
-    folder = tmp_path_factory.mktemp("server")
+    if missing := missing_programs():
+        skip_here(f"{', '.join(missing)} not installed; tests/dags/install_programs.sh brings them")
+    folder = tmp_path_factory.mktemp("cluster")
     rows = {"request_id": ["one", "two", "three"], "prompt": ["first", "second", None]}
     pq.write_table(pa.table(rows), folder / "requests.parquet")
-    shutil.copytree(migrated_home, folder / "airflow")
     environment = own_environment | {
+        "AIRFLOW__BLENDSERVE__DATA_FOLDER": str(folder),
         "AIRFLOW__BLENDSERVE__ALLOWED_PATHS": f"{folder},{tiny_model}",
         "AIRFLOW__BLENDSERVE__DEFAULT_MODEL": str(tiny_model),
         "AIRFLOW__BLENDSERVE__RETRY_DELAY_SECONDS": "1",
     }
-    server = AirflowServer(folder, environment)
+    cluster = AirflowCluster(folder, environment)
     try:
-        server.sign_in()
-        yield server
+        cluster.sign_in()
+        yield cluster
     finally:
-        server.stop()
+        cluster.stop()
+
+
+def skip_here(reason: str) -> NoReturn:
+    """Skip a test that this machine lacks programs for; in CI, which has to have them, fail it."""
+    if os.environ.get("CI"):
+        pytest.fail(f"CI must not skip this: {reason}")
+    pytest.skip(reason)

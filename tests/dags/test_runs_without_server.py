@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+
+from blendserve.airflow.standalone import is_healthy
 
 DAGS = Path(__file__).resolve().parents[2] / "dags"
 
@@ -111,6 +114,21 @@ with DAG("own", schedule=None, params={{"name": "first"}}):
     assert pq.read_table(job / "results")["num_completion_tokens"].to_pylist() == [150] * 12
     prompts = pq.read_table(job / "work" / "requests.parquet")["prompt"].to_pylist()
     assert prompts[:2] == ["Is it a? 0 things", "Is it b? Say yes or no to this: is 1 even?"]
+
+
+def test_make_airflow_starts_one_that_is_healthy(airflow_environment: dict[str, str], workspace: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "blendserve.airflow.standalone", "--dags", str(DAGS), "--port", str(port)]
+    process = subprocess.Popen(
+        command, cwd=workspace, env=airflow_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        wait_for(lambda: is_healthy(f"http://127.0.0.1:{port}"))
+    finally:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    assert f"Airflow is ready: http://127.0.0.1:{port}" in output
 
 
 @pytest.mark.parametrize(("conf", "reason"), [("[1]", "expected an object"), ("{", "is not JSON")])
