@@ -14,14 +14,17 @@ class MemoryForecast:
 
     All decode in step, one token each, and free their memory when they finish. So use peaks just before a request
     finishes: when it has r tokens to go, every request that isn't done by then has grown by r. That allows about twice
-    as many requests as counting every one at its full length.
+    as many requests as counting every one at its full length. Each leaves half of its last block empty on average.
 
     `footprint_tokens`: by front, what its requests hold on average over their lives.
     """
 
-    def __init__(self, running: RunningRequests, *, num_used_tokens: int, capacity_tokens: int) -> None:
-        """num_used_tokens: what running requests hold now, shared prefixes once."""
+    def __init__(
+        self, running: RunningRequests, *, num_used_tokens: int, capacity_tokens: int, block_size: int
+    ) -> None:
+        """num_used_tokens: what running requests hold now, shared prefixes and filled parts of blocks only."""
         self._capacity_tokens = capacity_tokens
+        self._unfilled_tokens = block_size // 2
         rows = running.active_rows()
         unprefilled = np.maximum(running.prefill_tokens[rows] - running.context_tokens[rows], 0)
         self._base_tokens = num_used_tokens + int(unprefilled.sum())
@@ -46,7 +49,7 @@ class MemoryForecast:
         freed_before = np.cumsum(own) - own
         num_unfinished = np.arange(len(own), 0, -1)
         base = self._base_tokens + new_tokens + num_revived_tokens
-        peak = int((base - freed_before + num_unfinished * remaining).max())
+        peak = int((base - freed_before + num_unfinished * (remaining + self._unfilled_tokens)).max())
         return peak <= self._capacity_tokens
 
     def add(self, request: Request, num_cached_tokens: int, num_revived_tokens: int) -> None:

@@ -30,6 +30,18 @@ def padded_shape(num_decodes: int, num_prefill_tokens: int, num_chunks: int) -> 
     return StepShape(num_tokens, padded_decodes, _MAX_CHUNKS)
 
 
+def shapes_to_capture(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepShape]:
+    """Every shape that `padded_shape` gives within these limits, the largest first so that they share its memory."""
+    decodes = {padded_shape(number, 0, 0) for number in range(1, max_num_seqs + 1)}
+    mixed = {
+        padded_shape(number, tokens - number, 1)
+        for tokens in range(128, min(_MAX_TOKENS, max_num_batched_tokens) + 1, 128)
+        for number in range(0, min(tokens, -(-max_num_seqs // 128) * 128 + 1), 128)
+    }
+    shapes = [shape for shape in decodes | mixed if shape is not None]
+    return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_decodes, shape.num_chunks), reverse=True)
+
+
 def _padded_decodes(num_decodes: int) -> int:
     for limit, multiple in ((8, 1), (32, 8), (128, 16), (512, 32)):
         if num_decodes <= limit:

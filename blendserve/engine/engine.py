@@ -93,6 +93,16 @@ class LLMEngine:
         self._texts: dict[int, GrowingText] = {}  # by position, where stop strings have to be looked for
         self._num_steps = 0
         self._started = self._ended = 0.0
+        self.busy_seconds = 0.0  # of the last run, on a GPU
+        self.waiting_seconds = 0.0  # of the last run: the host's, for steps to end
+
+    def warm_up(self) -> int:
+        """Prepare for every shape of step, which otherwise happens as they come. Returns how many were captured."""
+        return self._runner.warm_up()
+
+    def clear_prefix_cache(self) -> None:
+        """Forget the prompts of earlier runs."""
+        self._kv_cache = KVCache(self._kv_cache.num_blocks, self._kv_cache.block_size, self._spec.prefix_cache)
 
     def run(
         self,
@@ -115,6 +125,7 @@ class LLMEngine:
         )
         self._num_steps, self._ended = 0, time.perf_counter()
         self._started = self._ended
+        self.busy_seconds = self.waiting_seconds = 0.0
         in_flight: deque[_StepInFlight] = deque()
         while (self._scheduler.has_unfinished or in_flight) and not should_stop():
             step = self._launch()
@@ -138,7 +149,10 @@ class LLMEngine:
 
     def _finish(self, step: _StepInFlight, on_step: Callable[[StepMetrics], None]) -> list[Completion]:
         """Wait for a step. Returns the completions that end with it."""
+        asked = time.perf_counter()
         output = self._runner.collect(step.launched)
+        self.waiting_seconds += time.perf_counter() - asked
+        self.busy_seconds += output.busy_seconds
         began, self._ended = self._ended, time.perf_counter()
         completions = self._take_tokens(step.batch, output)
         started, seconds = began - self._started, self._ended - began

@@ -6,11 +6,25 @@ Knows block numbers only; the tensors are the model runner's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from blendserve.engine.invariants import require
-from blendserve.engine.radix_tree import RadixTree
+from blendserve.engine.radix_tree import PrefixNode, RadixTree
 from blendserve.engine.request import Request
+
+_TOKEN_BYTES = 4
+# Fewer tokens are computed anew: as little work as copying them, for which there would be one more thing to launch.
+_MIN_COPIED_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """The first `num_tokens` tokens of a block that another one shall begin with, before the step runs."""
+
+    source: int
+    target: int
+    num_tokens: int
 
 
 class BlockAllocator:
@@ -59,13 +73,26 @@ class BlockAllocator:
 
 
 class KVCache:
-    """Blocks of the running requests plus, in the prefix tree, blocks of earlier prompts until their room is needed."""
+    """Blocks of the running requests plus, in the prefix tree, blocks of earlier prompts until their room is needed.
 
-    def __init__(self, num_blocks: int, block_size: int, has_prefix_cache: bool) -> None:
+    Full blocks are shared. Where two prompts part within a block, the second one's block begins with a copy.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        has_prefix_cache: bool,
+        *,
+        min_copied_tokens: int = _MIN_COPIED_TOKENS,
+    ) -> None:
         self.block_size = block_size
         self._has_prefix_cache = has_prefix_cache
+        self._min_copied_tokens = min_copied_tokens
         self._allocator = BlockAllocator(num_blocks)
         self._tree = RadixTree()
+        self._step = 0
+        self._copies: list[BlockCopy] = []
 
     @property
     def num_blocks(self) -> int:
@@ -84,8 +111,28 @@ class KVCache:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def begin_step(self) -> None:
+        """From now on, what was planned so far may be copied: it will have been stored by then."""
+        self._step += 1
+
+    def take_copies(self) -> list[BlockCopy]:
+        """The copies that this step needs, to be made before it runs."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    def should_wait(self, request: Request) -> bool:
+        """Whether much of the prompt could be copied in the next step, from a block that this one fills."""
+        if not self._has_prefix_cache:
+            return False
+        nodes = self._tree.match(self._keys(request, (request.num_tokens - 1) // self.block_size))
+        parent = nodes[-1] if nodes else self._tree.root
+        found = [(node.planned_in < self._step, n) for node, n in self._nearest(request, parent, len(nodes))]
+        ready = max((num_tokens for is_ready, num_tokens in found if is_ready), default=0)
+        later = max((num_tokens for is_ready, num_tokens in found if not is_ready), default=0)
+        return later >= ready + self._min_copied_tokens
+
     def count_cached_tokens(self, request: Request) -> tuple[int, int]:
-        """Tokens of a request's prompt that are in the cache, and how many of those no running request holds."""
+        """Tokens of a request's prompt in full blocks of the cache, and how many of those no running request holds."""
         if not self._has_prefix_cache:
             return 0, 0
         nodes = self._tree.match(self._keys(request, (request.num_tokens - 1) // self.block_size))
@@ -95,7 +142,7 @@ class KVCache:
     def pin(self, requests: Iterable[Request]) -> None:
         """Spare the cached prefixes of requests that will be admitted soon."""
         if self._has_prefix_cache:
-            self._tree.pin(self._keys(request, request.num_prompt_tokens) for request in requests)
+            self._tree.pin(node for request in requests for node in self._needed_nodes(request))
 
     def take_cached_blocks(self, request: Request) -> int:
         """Let a prefilling request use all cached blocks that come next in its prompt, instead of computing them.
@@ -119,7 +166,45 @@ class KVCache:
             if self._allocator.acquire(node.block) == 1:
                 self._tree.set_referenced(node)
             self._put_tree_block(request, node.block)
+        if len(request.block_table) == request.num_tree_blocks:
+            self._copy_beginning(request, node)
         return request.num_computed_tokens - started_at
+
+    def _copy_beginning(self, request: Request, parent: PrefixNode) -> None:
+        """Begin the request's next block with what a block below `parent` has in common with its prompt."""
+        nearest = self._nearest(request, parent, request.num_tree_blocks)
+        found = [(num_tokens, node.block) for node, num_tokens in nearest if node.planned_in < self._step]
+        num_tokens, source = max(found, default=(0, 0))  # at most one from either side
+        if num_tokens == 0 or not (self._allocator.num_free or self._evict()):
+            return
+        target = self._allocator.allocate()
+        request.block_table.append(target)
+        request.num_computed_tokens += num_tokens
+        if target != source:  # which may just have been given up
+            self._copies.append(BlockCopy(source, target, num_tokens))
+
+    def _nearest(self, request: Request, parent: PrefixNode, num_blocks: int) -> Iterator[tuple[PrefixNode, int]]:
+        """Blocks below `parent` that begin like the request's block number `num_blocks`, and for how many tokens.
+
+        The last token of the prompt doesn't count: somebody has to compute its logits.
+        """
+        start = num_blocks * self.block_size
+        end = min(start + self.block_size, request.num_prompt_tokens, request.num_tokens - 1)
+        if end - start >= self._min_copied_tokens:
+            key = request.prompt_token_ids[start:end].tobytes()
+            yield from self._tree.nearest(
+                parent,
+                key,
+                unit_bytes=_TOKEN_BYTES,
+                min_units=self._min_copied_tokens,
+                before_step=self._step,
+            )
+
+    def _needed_nodes(self, request: Request) -> list[PrefixNode]:
+        """The cached blocks that a waiting request will share or copy."""
+        nodes = self._tree.match(self._keys(request, request.num_prompt_tokens))
+        nearest = self._nearest(request, nodes[-1] if nodes else self._tree.root, len(nodes))
+        return nodes + [node for node, _ in nearest]
 
     def extend(self, request: Request, num_tokens: int) -> int:
         """Give a request blocks for up to `num_tokens` tokens. Returns the tokens that it has room for now."""
@@ -134,7 +219,8 @@ class KVCache:
         """Put a request's full prompt blocks into the prefix tree, up to its first `num_tokens` tokens.
 
         They may be shared from now on, even by requests of the same step: in each layer a step stores K and V of all
-        its tokens before it attends to any.
+        its tokens before it attends to any. The prompt's end, in a block that its completion goes on with, may be
+        copied from the next step on.
         """
         if not self._has_prefix_cache:
             return
@@ -143,8 +229,14 @@ class KVCache:
         for key in self._keys(request, num_tokens // self.block_size)[first:]:
             if key in node.children:  # its own last block, computed again for the logits of the last token
                 return
-            node = self._tree.insert(node, key, request.block_table[request.num_tree_blocks])
+            node = self._tree.insert(node, key, request.block_table[request.num_tree_blocks], self._step)
             request.num_tree_blocks += 1
+        end = self._end_key(request)
+        is_complete = num_tokens >= request.num_prompt_tokens
+        if is_complete and len(end) >= self._min_copied_tokens * _TOKEN_BYTES and end not in node.children:
+            block = request.block_table[request.num_tree_blocks]
+            if not self._tree.has_block(block):
+                self._tree.insert(node, end, block, self._step)
 
     def release(self, request: Request) -> None:
         """Take all blocks from a request. Its prompt blocks stay cached."""
@@ -152,10 +244,10 @@ class KVCache:
             block = request.block_table[index]
             if self._allocator.release(block) > 0:
                 continue
-            if index >= request.num_tree_blocks:
-                self._allocator.free(block)
-            else:
+            if self._tree.has_block(block):
                 self._tree.set_unreferenced(self._tree.node_of(block))
+            else:
+                self._allocator.free(block)
         request.block_table.clear()
         request.num_computed_tokens = request.num_tree_blocks = request.num_synced_blocks = 0
 
@@ -163,7 +255,9 @@ class KVCache:
         """Drop what is cached of a prompt, as far as nobody uses it: what is in it isn't fit to be shared."""
         if not self._has_prefix_cache:
             return
-        for node in reversed(self._tree.match(self._keys(request, request.num_prompt_tokens))):
+        nodes = self._tree.match(self._keys(request, request.num_prompt_tokens))
+        end = (nodes[-1] if nodes else self._tree.root).children.get(self._end_key(request))
+        for node in reversed([*nodes, *([end] if end else [])]):
             if node.is_referenced or node.children:
                 return
             self._tree.remove(node)
@@ -178,10 +272,14 @@ class KVCache:
 
     def _keys(self, request: Request, max_blocks: int) -> list[bytes]:
         """Keys of the first full blocks of a request's prompt."""
-        width = self.block_size * 4  # bytes of a block's token ids
+        width = self.block_size * _TOKEN_BYTES
         num_blocks = min(request.num_prompt_tokens // self.block_size, max_blocks)
         content = request.prompt_token_ids[: num_blocks * self.block_size].tobytes()
         return [content[start : start + width] for start in range(0, num_blocks * width, width)]
+
+    def _end_key(self, request: Request) -> bytes:
+        """Key of what a request's prompt has behind its last full block."""
+        return request.prompt_token_ids[request.num_prompt_tokens // self.block_size * self.block_size :].tobytes()
 
     def _put_tree_block(self, request: Request, block: int) -> None:
         """Make `block` the request's next prompt block, in place of one of its own that it had begun to fill."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blendserve.engine.cuda_graphs import CapturedPasses, padded_shape
+from blendserve.engine.cuda_graphs import CapturedPasses, padded_shape, shapes_to_capture
 from blendserve.engine.sampler import Sampler
 from blendserve.engine.scheduled_batch import ScheduledBatch
 from blendserve.engine.step_inputs import BlockTables, StepShape, model_batch, model_words, sampled_tokens
@@ -24,6 +25,7 @@ class StepOutput:
 
     token_ids: NDArray[np.int32]
     is_valid: NDArray[np.bool_]
+    busy_seconds: float  # that a GPU was at it; 0 on a CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,11 @@ class ModelRunner:
         self._device = model.device
         self._is_gpu = model.device.type == "cuda"
         self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
         shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        cache = torch.zeros(shape, dtype=model.dtype, device=self._device)
-        self._kv_cache: list[LayerCache] = [(layer[0], layer[1]) for layer in cache]
+        self._blocks = torch.zeros(shape, dtype=model.dtype, device=self._device)
+        self._kv_cache: list[LayerCache] = [(layer[0], layer[1]) for layer in self._blocks]
         max_blocks = min(-(-max_model_len // block_size), num_blocks)
         self._tables = BlockTables(max_num_seqs, max_blocks, self._device)
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self._device)
@@ -92,6 +96,9 @@ class ModelRunner:
         tokens_index, rows, seeds, positions, index_there, blocks_there = parts
         if len(index):
             self._tables.device.view(-1)[index_there] = blocks_there.int()
+        for copy in batch.block_copies:
+            source, target = (self._blocks[:, :, block, :, : copy.num_tokens] for block in (copy.source, copy.target))
+            target.copy_(source)
         hidden = self._hidden(batch, self._words[buffer], tokens_index)
         if len(sampled) == 0:
             return LaunchedStep(torch.zeros(2, 0, dtype=torch.int64), began, self._mark())
@@ -101,12 +108,29 @@ class ModelRunner:
         result.copy_(torch.stack((token_ids, is_finite.long())), non_blocking=True)
         return LaunchedStep(result, began, self._mark())
 
+    @torch.inference_mode()
+    def warm_up(self) -> int:
+        """Capture every shape there is, instead of each when it is first needed. Returns how many there are."""
+        if self._captured is None:
+            return 0
+        tables = self._tables.device
+        for shape in shapes_to_capture(self._max_num_seqs, self._max_num_batched_tokens):
+            words = self._words[0][: shape.num_words]
+            model_words(ScheduledBatch(), shape, self._tables, self._block_size, words.numpy())
+            words = self._device_words[: shape.num_words].copy_(words)
+            for _ in range(2):
+                self._captured.run(shape, partial(self._forward, words, shape, tables, shape.num_tokens))
+        torch.cuda.synchronize(self._device)
+        return self._captured.num_captured
+
     def collect(self, step: LaunchedStep) -> StepOutput:
         """Wait for a step's tokens."""
-        if step.ended is not None:
+        busy_seconds = 0.0
+        if step.began is not None and step.ended is not None:
             step.ended.synchronize()
+            busy_seconds = step.began.elapsed_time(step.ended) / 1000
         token_ids, is_valid = step.result.numpy()
-        return StepOutput(token_ids.astype(np.int32), is_valid.astype(np.bool_))
+        return StepOutput(token_ids.astype(np.int32), is_valid.astype(np.bool_), busy_seconds)
 
     def _hidden(self, batch: ScheduledBatch, host_words: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
         """What the head needs of the sampled tokens, [num_sampled, H]."""

@@ -1,35 +1,43 @@
-"""A prefix tree over full KV cache blocks: which prompts' beginnings are cached, and which block to give up first.
+"""A prefix tree over KV cache blocks: which prompts' beginnings are cached, and which block to give up first.
 
-A node is one block. It is keyed under its parent by the block's own token ids (as bytes), so two prompts meet in a node
-exactly when all their tokens up to there are equal. Knows nothing of requests; its owner says which nodes are in use.
+A node is one block, full but for leaves that hold a prompt's end. It is keyed under its parent by the block's own token
+ids (as bytes), so two prompts meet in a node exactly when all their tokens up to there are equal. Where they part
+within a block, `nearest` finds the block that agrees longest. Knows nothing of requests; its owner says which nodes are
+in use.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from blendserve.engine.invariants import InvariantError, require
 
 
 class PrefixNode:
-    """One full block of a prompt. `pin_epoch`: the last time that an upcoming request was seen to need it."""
+    """One block of a prompt. `pin_epoch`: the last time that an upcoming request was seen to need it.
 
-    __slots__ = ("block", "children", "is_referenced", "key", "parent", "pin_epoch")
+    `planned_in`: the step that stores its tokens, as its owner counts them. `sorted_keys`: those of its children.
+    """
 
-    def __init__(self, block: int, key: bytes, parent: PrefixNode | None) -> None:
+    __slots__ = ("block", "children", "is_referenced", "key", "parent", "pin_epoch", "planned_in", "sorted_keys")
+
+    def __init__(self, block: int, key: bytes, parent: PrefixNode | None, planned_in: int = 0) -> None:
         self.block = block
         self.key = key
         self.parent = parent
         self.children: dict[bytes, PrefixNode] = {}
         self.is_referenced = True
         self.pin_epoch = 0
+        self.planned_in = planned_in
+        self.sorted_keys: list[bytes] = []
 
 
 class RadixTree:
     """The tree. A referenced node's ancestors are referenced too, so all unreferenced nodes can go, leaves first.
 
-    Every call but `match` and `pin`, which walk a path, is O(1).
+    Every call but `match` and `pin`, which walk a path, is O(log children).
     """
 
     def __init__(self) -> None:
@@ -68,11 +76,30 @@ class RadixTree:
             node = child
         return nodes
 
-    def insert(self, parent: PrefixNode, key: bytes, block: int) -> PrefixNode:
+    def nearest(
+        self, parent: PrefixNode, key: bytes, *, unit_bytes: int, min_units: int, before_step: int
+    ) -> Iterator[tuple[PrefixNode, int]]:
+        """Children whose keys agree with `key` in at least `min_units` units from the beginning, and in how many.
+
+        From the key's place in sorted order outwards, so with falling agreement, to either side as far as the first
+        that was planned before `before_step`.
+        """
+        keys, place = parent.sorted_keys, bisect_left(parent.sorted_keys, key)
+        for places in (range(place - 1, -1, -1), range(place, len(keys))):
+            for index in places:
+                child, agreement = parent.children[keys[index]], _common_bytes(keys[index], key) // unit_bytes
+                if agreement < min_units:
+                    break
+                yield child, agreement
+                if child.planned_in < before_step:
+                    break
+
+    def insert(self, parent: PrefixNode, key: bytes, block: int, planned_in: int = 0) -> PrefixNode:
         """Add a referenced node below a referenced `parent` (or the root), which must not have `key` yet."""
         require(key not in parent.children and block not in self._node_of_block, "a new node is new")
-        node = PrefixNode(block, key, parent)
+        node = PrefixNode(block, key, parent, planned_in)
         parent.children[key] = node
+        insort(parent.sorted_keys, key)
         self._node_of_block[block] = node
         return node
 
@@ -91,12 +118,11 @@ class RadixTree:
         if not node.children:
             self._evictable[node] = None
 
-    def pin(self, paths: Iterable[Sequence[bytes]]) -> None:
-        """Spare the nodes of these paths while there is anything else to evict. Replaces what was pinned before."""
+    def pin(self, nodes: Iterable[PrefixNode]) -> None:
+        """Spare these nodes while there is anything else to evict. Replaces what was pinned before."""
         self._pin_epoch += 1
-        for path in paths:
-            for node in self.match(path):
-                node.pin_epoch = self._pin_epoch
+        for node in nodes:
+            node.pin_epoch = self._pin_epoch
 
     def evict(self) -> int | None:
         """Remove the leaf that was unused longest, a pinned one last. Returns its block, None if all are in use."""
@@ -121,6 +147,7 @@ class RadixTree:
         self._num_unreferenced -= 1
         del self._node_of_block[node.block]
         del parent.children[node.key]
+        del parent.sorted_keys[bisect_left(parent.sorted_keys, node.key)]
         if parent is not self.root and not parent.children and not parent.is_referenced:
             self._evictable[parent] = None
             self._evictable.move_to_end(parent, last=False)
@@ -136,8 +163,16 @@ class RadixTree:
             require(parent.children.get(node.key) is node, "a node is its parent's child")
             require(self._node_of_block.get(node.block) is node, "a node is found by its block")
             require(parent.is_referenced or not node.is_referenced, "the parent of a used node is in use")
+            require(node.sorted_keys == sorted(node.children), "children are found in order")
             require((node in self._evictable) == (is_leaf and not node.is_referenced), "unused leaves are evictable")
             reached.add(node.block)
             num_unreferenced += not node.is_referenced
         require(reached == set(self._node_of_block), "every node hangs in the tree")
         require(num_unreferenced == self._num_unreferenced, "the count of unused nodes")
+
+
+def _common_bytes(one: bytes, other: bytes) -> int:
+    """How many bytes two keys begin with in common."""
+    length = min(len(one), len(other))
+    difference = int.from_bytes(one[:length], "big") ^ int.from_bytes(other[:length], "big")
+    return length - (difference.bit_length() + 7) // 8

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from blendserve.engine.kv_cache import BlockCopy
 from blendserve.engine.request import Request
 from blendserve.engine.running import IntArray
 
@@ -56,6 +57,7 @@ class ScheduledBatch:
     sampled_positions: IntArray = field(default_factory=_no_rows)
     sampled_seeds: IntArray = field(default_factory=_no_rows)
     table_changes: list[TableChange] = field(default_factory=list)
+    block_copies: list[BlockCopy] = field(default_factory=list)  # to be made before the step runs
     failed: list[tuple[Request, str]] = field(default_factory=list)
     num_prefill_tokens: int = 0
     num_cached_tokens: int = 0

@@ -76,6 +76,7 @@ class Scheduler:
         batch = ScheduledBatch()
         self._num_steps += 1
         self._is_planned[:] = False
+        self._kv_cache.begin_step()
         self._release_drained()
         self._pin_upcoming()
         self._schedule_decodes(batch)
@@ -84,6 +85,7 @@ class Scheduler:
                 self._schedule_prefill(batch, row)
         self._admit(batch)
         self._plan_sampling(batch)
+        batch.block_copies = self._kv_cache.take_copies()
         return batch
 
     def finish(self, row: int, is_reusable: bool = True) -> Request:
@@ -222,6 +224,8 @@ class Scheduler:
                 self._take(request, front)
                 batch.failed.append((request, reason))
                 return True
+            if self._kv_cache.should_wait(request):
+                continue
             num_cached, num_revived = self._kv_cache.count_cached_tokens(request)
             # With nothing running the whole cache is free, so the request fits whatever the forecast says.
             if self.running.is_active.any() and not forecast.fits(request, num_cached, num_revived):
@@ -281,10 +285,13 @@ class Scheduler:
         return None
 
     def _forecast(self) -> MemoryForecast:
+        rows = self.running.active_rows()
+        unfilled = self.running.room_tokens[rows] - self.running.context_tokens[rows]
         return MemoryForecast(
             self.running,
-            num_used_tokens=self._kv_cache.num_used_blocks * self._kv_cache.block_size,
+            num_used_tokens=self._kv_cache.num_used_blocks * self._kv_cache.block_size - int(unfilled.sum()),
             capacity_tokens=self._capacity_tokens,
+            block_size=self._kv_cache.block_size,
         )
 
     @property

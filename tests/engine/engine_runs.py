@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from blendserve.schemas import SCHEDULED_REQUESTS
 from blendserve.spec import EngineSpec, SamplingSpec
 
 ModelFactory = Callable[..., Path]
+TEST_DEVICE = os.environ.get("BLENDSERVE_TEST_DEVICE", "cpu")  # the same tests run on a GPU with cuda
 NUM_BYTES = 256
 END = NUM_BYTES  # the end-of-text token
 TINY = {
@@ -135,8 +137,8 @@ def stated_requests(prompts: Sequence[Sequence[int]], max_tokens: int, **more: A
 def make_engine(
     folder: Path, sampling: SamplingSpec | None = None, max_in_flight: int | None = None, **spec: Any
 ) -> LLMEngine:
-    """An engine on the CPU with 256 blocks of 8 tokens unless `spec` says otherwise."""
-    defaults = {"device": "cpu", "block_size": 8, "num_blocks": 256}
+    """A float32 engine on TEST_DEVICE with 256 blocks of 8 tokens, unless `spec` says otherwise."""
+    defaults = {"device": TEST_DEVICE, "dtype": "float32", "block_size": 8, "num_blocks": 256}
     engine_spec = EngineSpec(**{**defaults, **spec})
     return LLMEngine(folder, engine_spec, sampling or SamplingSpec(), max_in_flight=max_in_flight)
 

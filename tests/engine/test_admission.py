@@ -84,7 +84,7 @@ def test_the_forecast_is_the_peak_of_decoding_in_step(
     # A request with r tokens to go holds p + t after t of them and is gone after r.
     peak = max(sum(p + t for p, r in everyone if t <= r) for t in range(longest + 1))
     requests = [make_request(prompt, output) for prompt, output in running]
-    forecast = MemoryForecast(running_requests(requests), num_used_tokens=0, capacity_tokens=capacity)
+    forecast = MemoryForecast(running_requests(requests), num_used_tokens=0, capacity_tokens=capacity, block_size=1)
     for prompt, output in added:
         forecast.add(make_request(prompt, output), 0, 0)
     assert forecast.fits(make_request(*new), 0, 0) == (peak <= capacity)
@@ -92,10 +92,18 @@ def test_the_forecast_is_the_peak_of_decoding_in_step(
 
 
 def test_cached_tokens_count_once() -> None:
-    forecast = MemoryForecast(RunningRequests(1), num_used_tokens=0, capacity_tokens=100)
+    forecast = MemoryForecast(RunningRequests(1), num_used_tokens=0, capacity_tokens=100, block_size=1)
     assert not forecast.fits(make_request(95, 10), 0, 0)
     assert forecast.fits(make_request(95, 10), num_cached_tokens=16, num_revived_tokens=0)
     assert not forecast.fits(make_request(95, 10), num_cached_tokens=16, num_revived_tokens=16)
+
+
+def test_half_a_block_of_each_request_stays_empty() -> None:
+    forecast = MemoryForecast(
+        running_requests([make_request(20, 10)]), num_used_tokens=0, capacity_tokens=100, block_size=16
+    )
+    assert forecast.fits(make_request(44, 10), 0, 0)  # 30 + 54 and twice 8
+    assert not forecast.fits(make_request(45, 10), 0, 0)
 
 
 def test_no_more_blocks_than_memory_or_use() -> None:

@@ -70,6 +70,28 @@ def test_eviction_gives_up_every_unused_block_once(paths: list[list[bytes]]) -> 
     assert sorted(evicted) == list(range(next_block))
 
 
+@given(
+    keys=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=12, unique_by=tuple),
+    asked=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+)
+def test_nearest_gives_the_child_that_agrees_longest(keys: list[list[int]], asked: list[int]) -> None:
+    tree = RadixTree()
+    for block, key in enumerate(keys):
+        tree.insert(tree.root, np.array(key, dtype=np.int32).tobytes(), block, planned_in=block % 2)
+    asked_key = np.array(asked, dtype=np.int32).tobytes()
+    found = dict(tree.nearest(tree.root, asked_key, unit_bytes=4, min_units=1, before_step=1))
+
+    def agreement(key: list[int]) -> int:
+        return next((n for n, (a, b) in enumerate(zip(key, asked, strict=False)) if a != b), min(len(key), len(asked)))
+
+    for is_ready in (True, False):
+        expected = max((agreement(key) for block, key in enumerate(keys) if block % 2 == 0 or not is_ready), default=0)
+        counted = [num_tokens for node, num_tokens in found.items() if node.planned_in == 0 or not is_ready]
+        assert max(counted, default=0) == expected
+    for node, num_tokens in found.items():
+        assert num_tokens == agreement(keys[node.block])
+
+
 def test_the_longest_unused_prefix_is_evicted_first() -> None:
     tree = RadixTree()
     for number, path in enumerate(([b"a", b"b"], [b"c"], [b"d"])):
@@ -82,9 +104,9 @@ def test_pinned_prefixes_are_evicted_last() -> None:
     tree = RadixTree()
     for number, path in enumerate(([b"a", b"b"], [b"c"], [b"d"])):
         insert_path(tree, path, 10 * number)
-    tree.pin([[b"a", b"b", b"x"], [b"d"]])
+    tree.pin([*tree.match([b"a", b"b", b"x"]), *tree.match([b"d"])])
     assert tree.evict() == 10
-    tree.pin([[b"a"]])  # from now on only this one
+    tree.pin(tree.match([b"a"]))  # from now on only this one
     assert [tree.evict() for _ in range(4)] == [20, 1, 0, None]
 
 
@@ -116,7 +138,7 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = KVCache(NUM_BLOCKS, BLOCK_SIZE, has_prefix_cache=True)
+        self.cache = KVCache(NUM_BLOCKS, BLOCK_SIZE, has_prefix_cache=True, min_copied_tokens=1)
         self.running: list[Request] = []
         self.num_made = 0
         self.content: dict[int, tuple[int, ...]] = {}  # block → the tokens up to its end, once it is shared
@@ -126,17 +148,25 @@ class KVCacheMachine(RuleBasedStateMachine):
         request = make_request(prompt, self.num_made)
         self.num_made += 1
         num_expected, _ = self.cache.count_cached_tokens(request)
-        assert self.cache.take_cached_blocks(request) == num_expected == request.num_computed_tokens
-        assert num_expected < len(prompt)
-        for index, block in enumerate(request.block_table):
-            assert self.content[block] == tuple(prompt[: (index + 1) * BLOCK_SIZE])
+        self.take(request)
+        assert num_expected <= request.num_computed_tokens < min(num_expected + BLOCK_SIZE, len(prompt))
         self.running.append(request)
+
+    def take(self, request: Request) -> None:
+        self.cache.begin_step()
+        self.cache.take_cached_blocks(request)
+        prompt, num_computed = request.prompt_token_ids.tolist(), request.num_computed_tokens
+        for index, block in enumerate(request.block_table[: request.num_tree_blocks]):
+            assert self.content[block] == tuple(prompt[: (index + 1) * BLOCK_SIZE])
+        for copy in self.cache.take_copies():
+            assert copy.target == request.block_table[-1] and copy.num_tokens == num_computed % BLOCK_SIZE
+            assert self.content[copy.source][:num_computed] == tuple(prompt[:num_computed])
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), num_tokens=st.integers(1, 5))
     def compute(self, data: st.DataObject, num_tokens: int) -> None:
         request = data.draw(st.sampled_from(self.running))
-        self.cache.take_cached_blocks(request)
+        self.take(request)
         end = min(request.num_computed_tokens + num_tokens, request.num_prompt_tokens)
         end = min(end, self.cache.extend(request, end))
         if end <= request.num_computed_tokens:
@@ -148,6 +178,8 @@ class KVCacheMachine(RuleBasedStateMachine):
         for index in range(request.num_tree_blocks):
             tokens = tuple(request.prompt_token_ids[: (index + 1) * BLOCK_SIZE].tolist())
             self.content[request.block_table[index]] = tokens
+        if end == request.num_prompt_tokens and request.num_tree_blocks < len(request.block_table):
+            self.content[request.block_table[request.num_tree_blocks]] = tuple(request.prompt_token_ids.tolist())
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), is_reusable=st.booleans())

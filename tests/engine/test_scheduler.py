@@ -33,6 +33,9 @@ class RememberedSlots:
     def run(self, batch: ScheduledBatch) -> None:
         for change in batch.table_changes:
             self._tables[change.row].update(enumerate(change.blocks, start=change.first))
+        for copy in batch.block_copies:
+            for offset in range(copy.num_tokens):
+                self._slots[copy.target * BLOCK_SIZE + offset] = self._slots[copy.source * BLOCK_SIZE + offset]
         chunks = [*zip(batch.decode_rows.tolist(), batch.decode_positions.tolist(), itertools.repeat(1))]
         for chunk in batch.prefills:
             self._tokens[chunk.row] = chunk.request.token_slice(0, chunk.request.num_tokens).tolist()
@@ -91,7 +94,7 @@ def test_every_request_runs_once_and_sees_its_own_past(
         {"row_index": row, "prompt_token_ids": prompt, "max_tokens": tokens, "estimated_output_tokens": estimate}
         for row, (prompt, tokens, estimate) in enumerate(requests)
     ]
-    cache = KVCache(num_blocks, BLOCK_SIZE, has_prefix_cache)
+    cache = KVCache(num_blocks, BLOCK_SIZE, has_prefix_cache, min_copied_tokens=1)
     scheduler = Scheduler(
         ListSource(stated, is_two_ended=is_two_ended),
         cache,
@@ -155,6 +158,26 @@ def test_a_prefix_is_computed_once_when_it_takes_several_steps() -> None:
     prefix = list(range(40))
     batches = run_to_end(make_scheduler([[*prefix, 100 + number] for number in range(8)], max_num_batched_tokens=11))
     assert sum(batch.num_prefill_tokens for batch in batches) == 40 + 8
+
+
+def test_a_prefix_that_ends_within_a_block_is_computed_once_too() -> None:
+    prompts = [[*range(9), 100 + number, 200 + number] for number in range(6)]
+    cache = KVCache(64, 8, has_prefix_cache=True, min_copied_tokens=1)
+    settings: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 512, "max_model_len": 256}
+    batches = run_to_end(Scheduler(ListSource(stated_requests(prompts, 3)), cache, **settings))
+    # The others wait a step for the first one's block, and begin theirs with a copy of its one token.
+    assert [len(batch.prefills) for batch in batches[:2]] == [1, 5]
+    assert [len(batch.block_copies) for batch in batches[:2]] == [0, 5]
+    assert sum(batch.num_prefill_tokens for batch in batches) == 9 + 6 * 2
+
+
+def test_a_short_prompt_is_copied_while_its_completion_goes_on() -> None:
+    cache = KVCache(64, 32, has_prefix_cache=True)
+    settings: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 512, "max_model_len": 256}
+    prompts = [[*range(20), 100 + number] for number in range(4)]
+    batches = run_to_end(Scheduler(ListSource(stated_requests(prompts, 9)), cache, **settings))
+    assert sum(batch.num_prefill_tokens for batch in batches) == 20 + 4
+    assert sum(batch.num_cached_tokens for batch in batches) == 3 * 20
 
 
 def test_the_last_token_of_a_known_prompt_is_computed_for_its_logits() -> None:

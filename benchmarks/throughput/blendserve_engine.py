@@ -1,0 +1,92 @@
+"""BlendServe's part of `run.py`: python blendserve_engine.py REQUEST.json RESULT.jsonl"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from ordered_requests import OrderedRequests, read_ordered_requests
+
+from blendserve.dual_scanner import DualScanner
+from blendserve.engine.engine import LLMEngine
+from blendserve.engine.request import Completion, Request
+from blendserve.engine.step_metrics import StepMetrics, metrics_table
+from blendserve.spec import EngineSpec, SamplingSpec
+
+
+class Source:
+    """The requests as the scheduler asks for them."""
+
+    def __init__(self, requests: OrderedRequests, count: int | None = None) -> None:
+        self._requests = requests
+        self.is_two_ended = requests.is_two_ended
+        self.scanner = DualScanner(
+            compute_seconds=requests.compute_seconds[:count],
+            memory_seconds=requests.memory_seconds[:count],
+            unit_density=requests.unit_density[:count],
+            is_two_ended=requests.is_two_ended,
+        )
+
+    def request(self, position: int) -> Request:
+        output_tokens = int(self._requests.output_tokens[position])
+        return Request(
+            position=position,
+            row_index=position,
+            request_id=str(position),
+            prompt_token_ids=self._requests.prompts[position],
+            max_tokens=output_tokens,
+            estimated_output_tokens=output_tokens,
+        )
+
+
+def run(engine: LLMEngine, requests: OrderedRequests, steps_path: Path | None) -> dict:
+    completions: list[Completion] = []
+    steps: list[StepMetrics] = []
+    started = time.perf_counter()
+    engine.run(Source(requests), on_finished=completions.append, on_step=steps.append, should_stop=lambda: False)
+    seconds = time.perf_counter() - started
+    failed = [completion.error for completion in completions if completion.error]
+    assert not failed, failed[:3]
+    lengths = sorted(len(completion.token_ids) for completion in completions)
+    assert lengths == sorted(requests.output_tokens.tolist())
+    if steps_path is not None:
+        pq.write_table(metrics_table(steps), steps_path)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": requests.num_tokens / seconds,
+        "num_tokens": requests.num_tokens,
+        "prefix_sharing": sum(step.num_cached_tokens for step in steps) / requests.num_prompt_tokens,
+        "num_steps": len(steps),
+        "num_preempted": sum(step.num_preempted for step in steps),
+        "gpu_busy": engine.busy_seconds / seconds,
+        "host_waiting": engine.waiting_seconds / seconds,
+    }
+
+
+def main() -> None:
+    request = json.loads(Path(sys.argv[1]).read_text())
+    stated = {**request["settings"]["limits"], "block_size": 128, **request["settings"]["options"]}
+    spec = EngineSpec(device="cuda", load_format="dummy", **stated)
+    loaded = time.perf_counter()
+    engine = LLMEngine(Path(request["model"]), spec, SamplingSpec(ignore_eos=True))
+    print("loaded in", time.perf_counter() - loaded, flush=True)
+    with Path(sys.argv[2]).open("w") as results:
+        for number, job in enumerate(request["jobs"]):
+            requests = read_ordered_requests(Path(job["folder"]), job["order"])
+            warmed = time.perf_counter()
+            print(engine.warm_up(), "shapes in", time.perf_counter() - warmed, flush=True)
+            engine.clear_prefix_cache()
+            steps_path = Path(sys.argv[2]).parent / f"steps-{number}.parquet"
+            figures = run(engine, requests, steps_path)
+            figures["device"] = torch.cuda.get_device_name()
+            figures["torch"] = torch.__version__
+            results.write(json.dumps(figures) + "\n")
+            results.flush()
+
+
+if __name__ == "__main__":
+    main()
