@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
@@ -20,28 +21,36 @@ class WrongResultError(Exception):
     """A benchmarked shape gives a wrong result, so its time means nothing."""
 
 
-def median_seconds(calls: Sequence[Callable[[], object]], num_replays: int = 15) -> float:
-    """Return the median seconds per call, all calls captured in one CUDA graph and replayed.
+_MIN_GRAPH_SECONDS = 1e-3  # the launch of a graph takes some microseconds of its own
 
-    `calls` should together touch more memory than the L2 cache holds, each its own.
-    """
-    for call in calls:  # compiles
-        call()
-    torch.cuda.synchronize()
+
+def _replay_seconds(calls: Sequence[Callable[[], object]], num_replays: int) -> list[float]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
     seconds = []
-    for replay in range(num_replays + 3):
+    for _ in range(num_replays + 2):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        if replay >= 3:
-            seconds.append(begin.elapsed_time(end) / 1e3 / len(calls))
-    return statistics.median(seconds)
+        seconds.append(begin.elapsed_time(end) / 1e3 / len(calls))
+    return seconds[2:]
+
+
+def median_seconds(calls: Sequence[Callable[[], object]], num_replays: int = 15) -> float:
+    """Return the median seconds per call, all calls captured in one CUDA graph and replayed.
+
+    `calls` should together touch more memory than the L2 cache holds, each its own. Short ones are repeated.
+    """
+    for call in calls:  # compiles
+        call()
+    torch.cuda.synchronize()
+    estimate = min(_replay_seconds(calls, 1)) * len(calls)
+    repeats = max(1, math.ceil(_MIN_GRAPH_SECONDS / estimate))
+    return statistics.median(_replay_seconds(list(calls) * repeats, num_replays))
 
 
 def copy_bytes_per_second() -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from blendserve_kernels import reference
@@ -15,6 +17,36 @@ from blendserve_kernels.argument_checks import (
     check_shape,
 )
 
+if TYPE_CHECKING:
+    from blendserve_kernels.triton_kernels.prefill_attention import PrefillPlan
+
+
+def _check_chunks(cu_seqlens_q: torch.Tensor, context_lens: torch.Tensor, num_requests: int) -> None:
+    check_shape("cu_seqlens_q", cu_seqlens_q, [num_requests + 1])
+    check_shape("context_lens", context_lens, [num_requests])
+    check_dtype("cu_seqlens_q", cu_seqlens_q, torch.int32)
+    check_dtype("context_lens", context_lens, torch.int32)
+
+
+def plan_prefill(
+    k_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    num_tokens: int,
+    num_heads: int,
+) -> PrefillPlan | None:
+    """Return the plan that every layer of a step can pass to `prefill_attention`; None on the CPU, which needs none.
+
+    num_tokens: rows of the q that will be passed. Other arguments as there. A few microseconds on the GPU, no sync.
+    """
+    _check_chunks(cu_seqlens_q, context_lens, context_lens.shape[0])
+    check_same_device("k_cache", k_cache, cu_seqlens_q=cu_seqlens_q, context_lens=context_lens)
+    if not k_cache.is_cuda or context_lens.shape[0] == 0 or num_tokens == 0:
+        return None
+    from blendserve_kernels.triton_kernels.prefill_attention import plan_prefill_triton
+
+    return plan_prefill_triton(k_cache, cu_seqlens_q, context_lens, num_tokens, num_heads)
+
 
 def prefill_attention(
     q: torch.Tensor,
@@ -25,6 +57,7 @@ def prefill_attention(
     context_lens: torch.Tensor,
     scale: float,
     max_seqlen_q: int,
+    plan: PrefillPlan | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the attention output of B ragged chunks among T query tokens, [T, num_heads, head_dim].
@@ -36,6 +69,7 @@ def prefill_attention(
     context_lens: int32 [B], tokens of the request in the cache including this chunk, so
     query i of request b sits at position context_lens[b] - chunk_length + i and sees the keys up to its own.
     max_seqlen_q: an upper bound of the longest chunk, on the host; it decides how fast, not what comes out.
+    plan: what `plan_prefill` returned for this step, so that its layers share it; without one each call makes its own.
     out: written and returned if given, contiguous, like q. Without it the rows outside every chunk are undefined.
     Cache content beyond a context is never used.
     """
@@ -43,11 +77,8 @@ def prefill_attention(
     check_out(out, q)
     check_rank("block_table", block_table, "[num_requests, max_blocks]")
     num_requests = block_table.shape[0]
-    check_shape("cu_seqlens_q", cu_seqlens_q, [num_requests + 1])
-    check_shape("context_lens", context_lens, [num_requests])
+    _check_chunks(cu_seqlens_q, context_lens, num_requests)
     check_dtype("block_table", block_table, torch.int32)
-    check_dtype("cu_seqlens_q", cu_seqlens_q, torch.int32)
-    check_dtype("context_lens", context_lens, torch.int32)
     check_inner_contiguous("block_table", block_table, 1)
     check_same_device(
         "q",
@@ -62,6 +93,6 @@ def prefill_attention(
         from blendserve_kernels.triton_kernels.prefill_attention import prefill_attention_triton
 
         return prefill_attention_triton(
-            q, k_cache, v_cache, block_table, cu_seqlens_q, context_lens, scale, max_seqlen_q, out=out
+            q, k_cache, v_cache, block_table, cu_seqlens_q, context_lens, scale, max_seqlen_q, plan=plan, out=out
         )
     return reference.prefill_attention(q, k_cache, v_cache, block_table, cu_seqlens_q, context_lens, scale, out)

@@ -36,6 +36,12 @@ def silu_and_multiply(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
 
 
+def linear_silu_and_multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Twin of `linear_silu_and_multiply.linear_silu_and_multiply`."""
+    gate, up = F.linear(x, weight).view(x.shape[0], -1, 2, 8).unbind(2)
+    return F.silu(gate).mul_(up).flatten(1)
+
+
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x [T, heads, D] by cos, sin float32 [T, 1, D / 2], in float32."""
     first, second = x.float().chunk(2, dim=-1)

@@ -9,6 +9,7 @@ from blendserve_kernels import reference
 from blendserve_kernels.decode_attention import decode_attention
 from blendserve_kernels.shared_prefix_attention import shared_prefix_decode_attention
 from blendserve_kernels.triton_kernels.decode_attention import (
+    choose_decode_shape,
     choose_launch_shape,
     decode_attention_triton,
     plan_decode_triton,
@@ -38,7 +39,9 @@ def check_decode_attention(
     )
     num_heads = num_kv_heads * group_size
     q = torch.randn(len(context_lens), num_heads, head_dim, device=device).to(dtype)
-    shape = choose_launch_shape(requests.k_cache, rows_of_group(group_size), num_programs, use_tma)
+    shape = choose_decode_shape(requests.k_cache, group_size, num_programs)
+    if use_tma is not None:
+        shape = choose_launch_shape(requests.k_cache, rows_of_group(group_size), num_programs, use_tma)
     table, lens, scale = requests.block_table, requests.context_lens, head_dim**-0.5
     plan = plan_decode_triton(requests.k_cache, table, lens, num_heads, shape=shape)
     expected = reference.decode_attention(
@@ -66,6 +69,22 @@ def test_decode_attention_of_dtypes_and_block_sizes(dtype: torch.dtype, block_si
 @pytest.mark.parametrize("num_programs", [1, 2, 3, 7, 64])
 def test_decode_attention_cut_into_programs(num_programs: int, use_tma: bool, device: torch.device) -> None:
     check_decode_attention(CONTEXT_LENS, block_size=32, num_programs=num_programs, use_tma=use_tma, device=device)
+
+
+@pytest.mark.parametrize("context_lens", [CONTEXT_LENS, [700], [64] * 9, [0, 0, 129]])
+@pytest.mark.parametrize("num_programs", [1, 3, 32])
+def test_decode_attention_of_half_precision_cut_into_programs(
+    num_programs: int, context_lens: list[int], device: torch.device
+) -> None:
+    check_decode_attention(
+        context_lens,
+        head_dim=128,
+        block_size=64,
+        dtype=HALF_DTYPES[-1],
+        num_programs=num_programs,
+        num_launches=2,
+        device=device,
+    )
 
 
 @pytest.mark.parametrize("use_tma", [False, True])

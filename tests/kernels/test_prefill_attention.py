@@ -10,6 +10,7 @@ from blendserve_kernels.prefill_attention import prefill_attention
 from blendserve_kernels.triton_kernels.prefill_attention import (
     PrefillShape,
     choose_prefill_shape,
+    plan_prefill_triton,
     prefill_attention_triton,
 )
 from tests.kernels.paged_requests import ATTENTION_TOLERANCE, HALF_DTYPES, make_paged_requests
@@ -113,3 +114,52 @@ def test_prefill_attention_writes_the_rows_of_its_chunks_only(device: torch.devi
         torch.testing.assert_close(buffer[7:45], expected, atol=2e-5, rtol=0)
         assert torch.all(buffer[:7] == 8.0)
         assert torch.all(buffer[45:] == 8.0)
+
+
+def _expected_blocks(bounds: list[int], context_lens: list[int], tokens: int) -> list[list[int]]:
+    blocks = []
+    for request, context_len in enumerate(context_lens):
+        begin, end = bounds[request], bounds[request + 1]
+        for first in range(begin, end, tokens):
+            num_tokens = min(tokens, end - first)
+            position = context_len - (end - first)
+            blocks.append([first, num_tokens, position, (position + num_tokens - 1) // 128 + 1, request, context_len])
+    return sorted(blocks, key=lambda block: -block[3])  # stable: requests and their blocks stay in order
+
+
+@pytest.mark.parametrize(
+    ("chunk_lens", "context_lens"),
+    [
+        ([1], [1]),
+        ([0, 300, 33, 0, 128, 1, 0], [0, 300, 500, 7, 128, 1000, 0]),
+        ([257, 31, 400], [2000, 31, 400]),
+    ],
+)
+def test_prefill_plan_lists_every_query_block_once_longest_first(
+    chunk_lens: list[int], context_lens: list[int], device: torch.device
+) -> None:
+    bounds = torch.tensor([5, *chunk_lens]).cumsum(0)
+    k_cache = torch.zeros(1, 2, 128, 64, device=device)
+    lens = torch.tensor(context_lens, dtype=torch.int32, device=device)
+    plan = plan_prefill_triton(k_cache, bounds.to(torch.int32).to(device), lens, int(bounds[-1]) + 3, 8)
+    length = int(plan.list_length)
+    assert plan.pack == 4
+    assert plan.block_list[:length, :6].tolist() == _expected_blocks(bounds.tolist(), context_lens, 32)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize(("group_size", "head_dim"), [(1, 64), (4, 128), (8, 128), (7, 64), (6, 128)])
+def test_prefill_attention_of_blocks_of_128(
+    group_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    # The blocks that the kernel for Hopper wants: full, partial and unaligned tiles, chunks behind cached tokens.
+    check_prefill_attention(
+        [130, 5, 700, 256, 0, 300],
+        [130, 5, 33, 256, 0, 172],
+        group_size=group_size,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        block_size=128,
+        dtype=dtype,
+        device=device,
+    )

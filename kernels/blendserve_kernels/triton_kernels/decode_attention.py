@@ -17,7 +17,7 @@ part's result at the end), or a group of requests over the prefix that they shar
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -501,6 +501,7 @@ class LaunchShape:
     num_stages: int
     num_warps: int
     num_programs: int
+    is_for_hopper: bool = False  # run the kernel of gluon_kernels, which has stages and warps of its own
 
 
 @lru_cache(maxsize=16)
@@ -511,6 +512,12 @@ def device_limits(device: torch.device) -> tuple[int, int, bool]:
     properties = torch.cuda.get_device_properties(device)
     shared_memory = int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined] # stub lacks it
     return properties.multi_processor_count, shared_memory, properties.major >= 9
+
+
+@lru_cache(maxsize=16)
+def is_hopper(device: torch.device) -> bool:
+    """Return whether a device runs the kernels of `gluon_kernels`."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major == 9
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -558,6 +565,22 @@ def choose_launch_shape(
     return LaunchShape(use_tma, tile, num_stages, num_warps, num_programs or num_sms)
 
 
+def choose_decode_shape(k_cache: torch.Tensor, group_size: int, num_programs: int | None = None) -> LaunchShape:
+    """Choose how to launch plain or suffix decode over a cache: on Hopper by its own kernel where that fits."""
+    shape = choose_launch_shape(k_cache, rows_of_group(group_size), num_programs)
+    num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+    if not (
+        is_hopper(k_cache.device)
+        and k_cache.element_size() == 2
+        and head_dim in (64, 128)
+        and group_size <= 8
+        and block_size % 64 == 0
+        and num_blocks * num_kv_heads * block_size < 2**31
+    ):
+        return shape
+    return replace(shape, tile=64, is_for_hopper=True)
+
+
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
     """The list of KV tiles of one part, made by `make_plan`, and how to launch over it.
@@ -595,7 +618,8 @@ def make_plan(
     max_entries = max_row_blocks * max(1, triton.cdiv(block_table.shape[1] * block_size, shape.tile))
     tile_list = torch.empty(max_entries, _ENTRY_WORDS, dtype=torch.int32, device=k_cache.device)
     list_length = torch.empty(1, dtype=torch.int32, device=k_cache.device)
-    padded_programs = int(triton.next_power_of_2(shape.num_programs))
+    num_parts = shape.num_programs * (2 if shape.is_for_hopper else 1)
+    padded_programs = int(triton.next_power_of_2(num_parts))
     counters = torch.empty(padded_programs, dtype=torch.int32, device=k_cache.device)
     _plan_kernel[(num_sequences,)](
         block_table,
@@ -640,6 +664,12 @@ def launch_paged_attention(
     """
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     shape, rows = plan.shape, plan.rows
+    if shape.is_for_hopper:
+        from blendserve_kernels.gluon_kernels import decode_attention
+
+        plan_tensors = (plan.list_length, plan.tile_list, plan.counters)
+        decode_attention.launch(q, k_cache, v_cache, scale, *plan_tensors, out, prefix_result, shape.num_programs)
+        return
     prefix_out, prefix_lse = prefix_result or (out, out)
     num_state_rows = 2 * shape.num_programs * rows
     state = torch.empty(num_state_rows, head_dim, dtype=torch.float32, device=q.device)
@@ -697,7 +727,7 @@ def plan_decode_triton(
     """Launch `decode_attention.plan_decode`; arguments as there, unchecked."""
     group_size = num_heads // k_cache.shape[1]
     rows = rows_of_group(group_size)
-    shape = shape or choose_launch_shape(k_cache, rows, num_programs)
+    shape = shape or choose_decode_shape(k_cache, group_size, num_programs)
     return make_plan(k_cache, block_table, context_lens, group_size, part=PLAIN_PART, rows=rows, shape=shape)
 
 

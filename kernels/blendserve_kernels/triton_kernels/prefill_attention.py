@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from blendserve_kernels.triton_kernels.decode_attention import check_head_dim, device_limits
+from blendserve_kernels.triton_kernels.decode_attention import check_head_dim, device_limits, is_hopper
 
 
 @triton.jit
@@ -194,6 +194,115 @@ def _prefill_attention_kernel(
     tl.store(out_ptr + out_offsets[:, None] + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
+@triton.jit
+def _num_longer_blocks(num_tiles, position, q_len, TOKENS: tl.constexpr, TILE: tl.constexpr):
+    """Return how many query blocks of a request, or of a vector of them, see more than num_tiles tiles."""
+    num_blocks = (q_len + TOKENS - 1) // TOKENS
+    num_others = tl.minimum(tl.maximum(num_tiles * TILE - position, 0) // TOKENS, num_blocks)
+    return tl.where(position + q_len > num_tiles * TILE, num_blocks - num_others, 0)
+
+
+@triton.jit
+def _plan_prefill_kernel(
+    cu_seqlens_q_ptr,
+    context_lens_ptr,
+    list_length_ptr,
+    list_ptr,
+    num_requests,
+    TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    PADDED_REQUESTS: tl.constexpr,
+):
+    """Find the query block of each program, count the blocks that see more keys, and list it behind those."""
+    all_requests = tl.arange(0, PADDED_REQUESTS)
+    is_real = all_requests < num_requests
+    all_starts = tl.load(cu_seqlens_q_ptr + all_requests, mask=is_real, other=0)
+    all_lens = tl.load(cu_seqlens_q_ptr + all_requests + 1, mask=is_real, other=0) - all_starts
+    all_positions = tl.load(context_lens_ptr + all_requests, mask=is_real, other=0) - all_lens
+    tl.store(list_length_ptr, tl.sum((all_lens + TOKENS - 1) // TOKENS), mask=tl.program_id(0) == 0)
+    # At most one block of a request is partial, so request b may begin at program start // TOKENS + b.
+    first_start = tl.load(cu_seqlens_q_ptr)
+    all_begins = (all_starts - first_start) // TOKENS + all_requests
+    request = tl.sum((is_real & (all_begins <= tl.program_id(0))).to(tl.int32)) - 1
+    q_begin = tl.load(cu_seqlens_q_ptr + request)
+    q_len = tl.load(cu_seqlens_q_ptr + request + 1) - q_begin
+    context_len = tl.load(context_lens_ptr + request)
+    block = tl.program_id(0) - ((q_begin - first_start) // TOKENS + request)
+    num_tokens = tl.minimum(q_len - block * TOKENS, TOKENS)
+    if num_tokens <= 0:
+        return
+    position = context_len - q_len + block * TOKENS
+    num_tiles = (position + num_tokens - 1) // TILE + 1
+    num_longer = _num_longer_blocks(num_tiles, all_positions, all_lens, TOKENS, TILE)
+    num_as_long = _num_longer_blocks(num_tiles - 1, all_positions, all_lens, TOKENS, TILE) - num_longer
+    place = tl.sum(num_longer) + tl.sum(tl.where(all_requests < request, num_as_long, 0))
+    # Of the request itself, blocks as long stand in front of those that are longer.
+    num_up_to = _num_longer_blocks(num_tiles - 1, context_len - q_len, q_len, TOKENS, TILE)
+    place += block - ((q_len + TOKENS - 1) // TOKENS - num_up_to)
+    words = list_ptr + place * 8
+    tl.store(words, q_begin + block * TOKENS)
+    tl.store(words + 1, num_tokens)
+    tl.store(words + 2, position)
+    tl.store(words + 3, num_tiles)
+    tl.store(words + 4, request)
+    tl.store(words + 5, context_len)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """Query blocks, longest first, made by `plan_prefill_triton`: valid for every layer of a step."""
+
+    pack: int  # heads of a KV head's group that lie in one query block
+    block_list: torch.Tensor  # int32 [max_blocks, 8]: first token, tokens, position, tiles, request, context length
+    list_length: torch.Tensor  # int32 [1], on the device
+
+
+_PLANNED_ROWS, _PLANNED_TILE = 128, 128  # those of gluon_kernels.prefill_attention
+
+
+def plan_prefill_triton(
+    k_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    num_tokens: int,
+    num_heads: int,
+) -> PrefillPlan:
+    """List the query blocks of a step on the device; arguments as for `prefill_attention.plan_prefill`, unchecked."""
+    group_size = num_heads // k_cache.shape[1]
+    pack = group_size & -group_size
+    tokens = _PLANNED_ROWS // pack
+    num_requests = context_lens.shape[0]
+    max_blocks = num_tokens // tokens + num_requests
+    block_list = torch.empty(max_blocks, 8, dtype=torch.int32, device=cu_seqlens_q.device)
+    list_length = torch.empty(1, dtype=torch.int32, device=cu_seqlens_q.device)
+    _plan_prefill_kernel[(max_blocks,)](
+        cu_seqlens_q,
+        context_lens,
+        list_length,
+        block_list,
+        num_requests,
+        TOKENS=tokens,
+        TILE=_PLANNED_TILE,
+        PADDED_REQUESTS=max(16, triton.next_power_of_2(num_requests)),
+        num_warps=4,
+    )
+    return PrefillPlan(pack, block_list, list_length)
+
+
+def fits_hopper_kernel(q: torch.Tensor, k_cache: torch.Tensor) -> bool:
+    """Return whether `gluon_kernels.prefill_attention` runs on this GPU, with these heads and blocks."""
+    num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+    group_size = q.shape[1] // num_kv_heads
+    return (
+        is_hopper(k_cache.device)
+        and k_cache.element_size() == 2
+        and head_dim in (64, 128)
+        and group_size & -group_size <= 16
+        and block_size % _PLANNED_TILE == 0
+        and num_blocks * num_kv_heads * block_size < 2**31
+    )
+
+
 _SHORT_CHUNK_ROWS = 8192  # query rows per KV head
 
 
@@ -243,6 +352,7 @@ def prefill_attention_triton(
     scale: float,
     max_seqlen_q: int,
     shape: PrefillShape | None = None,
+    plan: PrefillPlan | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch `prefill_attention.prefill_attention`; arguments as there, unchecked. No host sync: safe to capture."""
@@ -253,6 +363,14 @@ def prefill_attention_triton(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or num_requests == 0:
+        return out
+    if shape is None and fits_hopper_kernel(q, k_cache):
+        from blendserve_kernels.gluon_kernels import prefill_attention
+
+        plan = plan or plan_prefill_triton(k_cache, cu_seqlens_q, context_lens, num_tokens, num_heads)
+        plan_fields = (plan.pack, plan.list_length, plan.block_list)
+        num_programs = device_limits(q.device)[0]
+        prefill_attention.launch(q, k_cache, v_cache, block_table, scale, *plan_fields, out, num_programs)
         return out
     shape = shape or choose_prefill_shape(k_cache, num_heads, max_seqlen_q)
     group_size = num_heads // num_kv_heads

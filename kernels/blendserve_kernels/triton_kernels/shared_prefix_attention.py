@@ -11,6 +11,7 @@ from blendserve_kernels.triton_kernels.decode_attention import (
     SUFFIX_PART,
     DecodePlan,
     LaunchShape,
+    choose_decode_shape,
     choose_launch_shape,
     launch_paged_attention,
     make_plan,
@@ -73,7 +74,7 @@ def plan_shared_prefix_triton(
         group_size,
         part=SUFFIX_PART,
         rows=rows,
-        shape=choose_launch_shape(k_cache, rows, num_programs),
+        shape=choose_decode_shape(k_cache, group_size, num_programs),
         prefix_lens=prefix_lens,
     )
     return SharedPrefixPlan(prefix, suffix)

@@ -1,0 +1,676 @@
+"""Decode attention for Hopper: one warp copies, two warp groups compute, each on a part of the work of its own.
+
+The plan, the parts and the merging of cut items are those of `triton_kernels.decode_attention`; here a program holds
+two parts, so that one warp group's softmax hides behind the other's products. The scores are computed transposed: keys
+are the rows of the warp group's instruction, read straight from shared memory, and the queries of a KV head its 8 or 16
+columns. Of a tile at the end of a context only the boxes of keys that are valid are copied.
+"""
+
+# Kernel parameters are typed by Gluon, constexprs are capitals by its custom.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# ruff: noqa: N803, N806
+
+from __future__ import annotations
+
+import math
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+TILE = 64  # keys a tile
+BOX = 16  # keys a copy
+_FEW_PROGRAMS = 64  # so few fill the memory's queue only with a third tile in flight, more overfill it
+_PANEL = 64  # columns of a copy: 128 bytes, as wide as shared memory is swizzled
+
+_FLAG_FIRST = gl.constexpr(1 << 9)
+_FLAG_LAST = gl.constexpr(1 << 10)
+_FLAG_PREFIX = gl.constexpr(1 << 11)
+_SHIFT_ROWS = gl.constexpr(12)
+
+# Renamed between Triton 3.6 and 3.7.
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def _part_begin(part, total_tiles, num_parts):
+    """Return where a part begins: the first total % P parts are longer by one."""
+    return part * (total_tiles // num_parts) + gl.minimum(part, total_tiles % num_parts)
+
+
+@gluon.jit
+def _part_of(index, total_tiles, num_parts):
+    """Return the part that holds `index`."""
+    short = total_tiles // num_parts
+    num_long = total_tiles % num_parts
+    end_of_long = num_long * (short + 1)
+    part = index // (short + 1)
+    if index >= end_of_long:
+        part = num_long + (index - end_of_long) // short
+    return part
+
+
+@gluon.jit
+def _copy_tile(
+    stream: gl.constexpr,
+    step,
+    index,
+    place,
+    first_row,
+    num_valid,
+    list_length,
+    q_desc,
+    k_desc,
+    v_desc,
+    q_boxes,
+    k_boxes,
+    v_boxes,
+    k_full,
+    v_full,
+    empty,
+    num_heads,
+    GROUP_SIZE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    TILE: gl.constexpr,
+    BOX: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Copy queries, keys and values of one tile into the next slot of a stream, as soon as that is free."""
+    PANELS: gl.constexpr = HEAD_DIM // 64
+    BOXES: gl.constexpr = TILE // BOX
+    ELEMENT_BYTES: gl.constexpr = k_desc.dtype.primitive_bitwidth // 8
+    slot = stream * STAGES + step % STAGES
+    kv_head = index // list_length
+    cache_row = place + kv_head * BLOCK_SIZE
+    q_row = first_row // GROUP_SIZE * num_heads + kv_head * GROUP_SIZE
+    mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
+    k_barrier = k_full.index(slot)
+    v_barrier = v_full.index(slot)
+    # The first box is copied in any case: an empty context has a tile, too.
+    mbarrier.expect(k_barrier, (BOX + COLUMNS) * HEAD_DIM * ELEMENT_BYTES)
+    for panel in gl.static_range(PANELS):
+        tma.async_copy_global_to_shared(q_desc, [q_row, panel * 64], k_barrier, q_boxes.index(slot * PANELS + panel))
+    for box in gl.static_range(BOXES):
+        is_wanted = (num_valid > box * BOX) | (box == 0)
+        if box > 0:
+            mbarrier.expect(k_barrier, BOX * HEAD_DIM * ELEMENT_BYTES, pred=is_wanted)
+            mbarrier.arrive(k_barrier, count=1, pred=is_wanted == 0)
+        for panel in gl.static_range(PANELS):
+            target = (slot * PANELS + panel) * BOXES + box
+            tma.async_copy_global_to_shared(
+                k_desc, [cache_row + box * BOX, panel * 64], k_barrier, k_boxes.index(target), pred=is_wanted
+            )
+    for box in gl.static_range(BOXES):
+        is_wanted = (num_valid > box * BOX) | (box == 0)
+        mbarrier.expect(v_barrier, BOX * HEAD_DIM * ELEMENT_BYTES, pred=is_wanted)
+        if box > 0:
+            mbarrier.arrive(v_barrier, count=1, pred=is_wanted == 0)
+        for panel in gl.static_range(PANELS):
+            target = (slot * PANELS + panel) * BOXES + box
+            tma.async_copy_global_to_shared(
+                v_desc, [cache_row + box * BOX, panel * 64], v_barrier, v_boxes.index(target), pred=is_wanted
+            )
+
+
+@gluon.jit
+def _copy_parts(
+    list_length_ptr,
+    list_ptr,
+    q_desc,
+    k_desc,
+    v_desc,
+    q_boxes,
+    k_boxes,
+    v_boxes,
+    k_full,
+    v_full,
+    empty,
+    num_kv_heads,
+    GROUP_SIZE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    TILE: gl.constexpr,
+    BOX: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Copy the tiles of both parts of the program, in turn; the list is read one tile ahead."""
+    list_length = gl.load(list_length_ptr)
+    total_tiles = list_length * num_kv_heads
+    num_parts = gl.minimum(2 * gl.num_programs(0), total_tiles)
+    part = 2 * gl.program_id(0)
+    begin_0 = _part_begin(gl.minimum(part, num_parts), total_tiles, num_parts)
+    begin_1 = _part_begin(gl.minimum(part + 1, num_parts), total_tiles, num_parts)
+    end_1 = _part_begin(gl.minimum(part + 2, num_parts), total_tiles, num_parts)
+    num_heads = num_kv_heads * GROUP_SIZE
+    num_steps = begin_1 - begin_0  # the first of the two is never the shorter one
+    last_index = total_tiles - 1
+    words_0 = list_ptr + gl.minimum(begin_0, last_index) % list_length * 8
+    words_1 = list_ptr + gl.minimum(begin_1, last_index) % list_length * 8
+    place_0, row_0, flags_0 = gl.load(words_0), gl.load(words_0 + 1), gl.load(words_0 + 2)
+    place_1, row_1, flags_1 = gl.load(words_1), gl.load(words_1 + 1), gl.load(words_1 + 2)
+    for step in range(num_steps):
+        index_0 = begin_0 + step
+        index_1 = begin_1 + step
+        words_0 = list_ptr + gl.minimum(index_0 + 1, last_index) % list_length * 8
+        words_1 = list_ptr + gl.minimum(index_1 + 1, last_index) % list_length * 8
+        next_place_0, next_row_0, next_flags_0 = gl.load(words_0), gl.load(words_0 + 1), gl.load(words_0 + 2)
+        next_place_1, next_row_1, next_flags_1 = gl.load(words_1), gl.load(words_1 + 1), gl.load(words_1 + 2)
+        _copy_tile(
+            0,
+            step,
+            index_0,
+            place_0,
+            row_0,
+            flags_0 & (_FLAG_FIRST - 1),
+            list_length,
+            q_desc,
+            k_desc,
+            v_desc,
+            q_boxes,
+            k_boxes,
+            v_boxes,
+            k_full,
+            v_full,
+            empty,
+            num_heads,
+            GROUP_SIZE,
+            HEAD_DIM,
+            BLOCK_SIZE,
+            TILE,
+            BOX,
+            COLUMNS,
+            STAGES,
+        )
+        if index_1 < end_1:
+            _copy_tile(
+                1,
+                step,
+                index_1,
+                place_1,
+                row_1,
+                flags_1 & (_FLAG_FIRST - 1),
+                list_length,
+                q_desc,
+                k_desc,
+                v_desc,
+                q_boxes,
+                k_boxes,
+                v_boxes,
+                k_full,
+                v_full,
+                empty,
+                num_heads,
+                GROUP_SIZE,
+                HEAD_DIM,
+                BLOCK_SIZE,
+                TILE,
+                BOX,
+                COLUMNS,
+                STAGES,
+            )
+        place_0, row_0, flags_0 = next_place_0, next_row_0, next_flags_0
+        place_1, row_1, flags_1 = next_place_1, next_row_1, next_flags_1
+
+
+@gluon.jit
+def _store_result(
+    out,
+    row_max,
+    row_sum,
+    first_row,
+    num_rows,
+    kv_head,
+    num_heads,
+    has_prefix,
+    out_ptr,
+    prefix_out_ptr,
+    prefix_lse_ptr,
+    IS_SUFFIX: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Normalise the finished rows [COLUMNS, HEAD_DIM] of an item and write them; a suffix meets its prefix first."""
+    number = gl.arange(0, COLUMNS, gl.SliceLayout(1, LAYOUT))
+    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LAYOUT))
+    row = first_row + number
+    is_row = number < num_rows
+    index = (row // GROUP_SIZE).to(gl.int64) * num_heads + kv_head * GROUP_SIZE + row % GROUP_SIZE
+    offsets = index[:, None] * HEAD_DIM + dims[None, :]
+    if IS_SUFFIX:
+        is_merged = is_row & has_prefix
+        prefix_lse = gl.load(prefix_lse_ptr + index, mask=is_merged, other=float("-inf"))
+        prefix_out = gl.load(prefix_out_ptr + offsets, mask=is_merged[:, None], other=0.0)
+        new_max = gl.maximum(row_max, prefix_lse)
+        safe_max = gl.where(new_max == float("-inf"), 0.0, new_max)
+        own_weight = gl.exp2(row_max - safe_max)
+        prefix_weight = gl.exp2(prefix_lse - safe_max)
+        out = out * own_weight[:, None] + prefix_out * prefix_weight[:, None]
+        row_sum = row_sum * own_weight + prefix_weight
+    safe_sum = gl.where(row_sum == 0.0, 1.0, row_sum)
+    out = out / safe_sum[:, None]
+    gl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+
+
+@gluon.jit
+def _store_state(
+    out,
+    row_max,
+    row_sum,
+    slot,
+    state_ptr,
+    extrema_ptr,
+    HEAD_DIM: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Leave the state of a cut item in a slot of the workspace."""
+    rows = slot * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(1, LAYOUT))
+    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LAYOUT))
+    gl.store(state_ptr + rows[:, None] * HEAD_DIM + dims[None, :], out)
+    gl.store(extrema_ptr + rows * 2, row_max)
+    gl.store(extrema_ptr + rows * 2 + 1, row_sum)
+
+
+@gluon.jit
+def _merge_states(
+    item_begin,
+    first_part,
+    last_part,
+    total_tiles,
+    num_parts,
+    state_ptr,
+    extrema_ptr,
+    HEAD_DIM: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Merge the states that parts left of an item, in the order of the parts."""
+    number = gl.arange(0, COLUMNS, gl.SliceLayout(1, LAYOUT))
+    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LAYOUT))
+    out = gl.zeros([COLUMNS, HEAD_DIM], gl.float32, LAYOUT)
+    row_max = gl.full([COLUMNS], float("-inf"), gl.float32, gl.SliceLayout(1, LAYOUT))
+    row_sum = gl.zeros([COLUMNS], gl.float32, gl.SliceLayout(1, LAYOUT))
+    for part in range(first_part, last_part + 1):
+        is_begun_here = item_begin >= _part_begin(part, total_tiles, num_parts)
+        rows = (part * 2 + is_begun_here.to(gl.int32)) * COLUMNS + number
+        part_max = gl.load(extrema_ptr + rows * 2, cache_modifier=".cg")
+        part_sum = gl.load(extrema_ptr + rows * 2 + 1, cache_modifier=".cg")
+        part_out = gl.load(state_ptr + rows[:, None] * HEAD_DIM + dims[None, :], cache_modifier=".cg")
+        new_max = gl.maximum(row_max, part_max)
+        safe_max = gl.where(new_max == float("-inf"), 0.0, new_max)
+        old_weight = gl.exp2(row_max - safe_max)
+        part_weight = gl.exp2(part_max - safe_max)
+        out = out * old_weight[:, None] + part_out * part_weight[:, None]
+        row_sum = row_sum * old_weight + part_sum * part_weight
+        row_max = new_max
+    return out, row_max, row_sum
+
+
+@gluon.jit
+def _attend_to_part(
+    stream: gl.constexpr,
+    list_length_ptr,
+    list_ptr,
+    out_ptr,
+    prefix_out_ptr,
+    prefix_lse_ptr,
+    state_ptr,
+    extrema_ptr,
+    counters_ptr,
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    weights_buffer,
+    k_full,
+    v_full,
+    empty,
+    num_kv_heads,
+    scale_log2e,
+    IS_SUFFIX: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    TILE: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Work through one part: the softmax over its tiles, the results of its items, and the items that are cut."""
+    # 1. Which part is it?
+    list_length = gl.load(list_length_ptr)
+    total_tiles = list_length * num_kv_heads
+    num_parts = gl.minimum(2 * gl.num_programs(0), total_tiles)
+    part = 2 * gl.program_id(0) + stream
+    num_heads = num_kv_heads * GROUP_SIZE
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    COLUMN_LAYOUT: gl.constexpr = gl.SliceLayout(0, MMA)
+    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, ROWS)
+    if part < num_parts:
+        part_begin = _part_begin(part, total_tiles, num_parts)
+        part_end = _part_begin(part + 1, total_tiles, num_parts)
+
+        # 2. The tiles, item after item.
+        accumulator = gl.zeros([HEAD_DIM, COLUMNS], gl.float32, MMA)
+        row_max = gl.full([COLUMNS], float("-inf"), gl.float32, COLUMN_LAYOUT)
+        weight_sums = gl.zeros([TILE, COLUMNS], gl.float32, MMA)
+        key = gl.arange(0, TILE, gl.SliceLayout(1, MMA))
+        V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+        v_key = gl.arange(0, TILE, gl.SliceLayout(1, V_LAYOUT))
+        weights_own = weights_buffer.index(stream)
+        flags = gl.load(list_ptr + part_begin % list_length * 8 + 2)
+        for index in range(part_begin, part_end):
+            step = index - part_begin
+            slot = stream * STAGES + step % STAGES
+            phase = step // STAGES & 1
+            next_flags = gl.load(list_ptr + gl.minimum(index + 1, part_end - 1) % list_length * 8 + 2)
+            num_valid = flags & (_FLAG_FIRST - 1)
+            is_first = (flags & _FLAG_FIRST) != 0
+            mbarrier.wait(k_full.index(slot), phase)
+            scores = warpgroup_mma(
+                k_tiles.index(slot),
+                q_tiles.index(slot).permute((1, 0)),
+                gl.zeros([TILE, COLUMNS], gl.float32, MMA),
+                use_acc=False,
+            )
+            scores = gl.where((key < num_valid)[:, None], scores * scale_log2e, float("-inf"))
+            row_max = gl.where(is_first, float("-inf"), row_max)
+            new_max = gl.maximum(row_max, gl.max(scores, axis=0))
+            safe_max = gl.where(new_max == float("-inf"), 0.0, new_max)
+            weights = gl.exp2(scores - safe_max[None, :])
+            decay = gl.where(is_first, 0.0, gl.exp2(row_max - safe_max))
+            weight_sums = gl.where(is_first, 0.0, weight_sums * decay[None, :]) + weights
+            accumulator = gl.where(is_first, 0.0, accumulator * decay[None, :])
+            row_max = new_max
+            weights_own.store(gl.permute(weights.to(v_tiles.dtype), (1, 0)))
+            mbarrier.wait(v_full.index(slot), phase)
+            if num_valid < TILE:
+                # What lies behind the context may be NaN, and 0 * NaN is NaN.
+                v_tile = v_tiles.index(slot)
+                v = v_tile.load(V_LAYOUT)
+                _barrier()
+                v_tile.store(gl.where((v_key < num_valid)[:, None], v, gl.zeros_like(v)))
+            fence_async_shared()
+            _barrier()
+            accumulator = warpgroup_mma(v_tiles.index(slot).permute((1, 0)), weights_own.permute((1, 0)), accumulator)
+            _barrier()  # every warp has read the slot
+            mbarrier.arrive(empty.index(slot), count=1)
+            if ((flags & _FLAG_LAST) != 0) | (index == part_end - 1):
+                kv_head = index // list_length
+                words = list_ptr + (index - kv_head * list_length) * 8
+                first_row = gl.load(words + 1)
+                item_begin = kv_head * list_length + gl.load(words + 3)
+                out = gl.convert_layout(gl.permute(accumulator, (1, 0)), ROWS)
+                out_max = gl.convert_layout(row_max, ROW_LAYOUT)
+                out_sum = gl.convert_layout(gl.sum(weight_sums, axis=0), ROW_LAYOUT)
+                if ((flags & _FLAG_LAST) != 0) & (item_begin >= part_begin):
+                    _store_result(
+                        out,
+                        out_max,
+                        out_sum,
+                        first_row,
+                        flags >> _SHIFT_ROWS,
+                        kv_head,
+                        num_heads,
+                        (flags & _FLAG_PREFIX) != 0,
+                        out_ptr,
+                        prefix_out_ptr,
+                        prefix_lse_ptr,
+                        IS_SUFFIX,
+                        GROUP_SIZE,
+                        HEAD_DIM,
+                        COLUMNS,
+                        ROWS,
+                    )
+                else:
+                    state_slot = part * 2 + (item_begin >= part_begin).to(gl.int32)
+                    _store_state(out, out_max, out_sum, state_slot, state_ptr, extrema_ptr, HEAD_DIM, COLUMNS, ROWS)
+            flags = next_flags
+
+        # 3. Items that other parts share: number 0 begun before this part, number 1 ending behind it.
+        head_kv_head = part_begin // list_length
+        head_words = list_ptr + (part_begin - head_kv_head * list_length) * 8
+        head_begin = head_kv_head * list_length + gl.load(head_words + 3)
+        tail_kv_head = (part_end - 1) // list_length
+        tail_words = list_ptr + (part_end - 1 - tail_kv_head * list_length) * 8
+        tail_begin = tail_kv_head * list_length + gl.load(tail_words + 3)
+        is_tail_cut = tail_begin + gl.load(tail_words + 4) > part_end
+        is_head_cut = (head_begin < part_begin) & ((is_tail_cut == 0) | (head_begin != tail_begin))
+        _barrier()  # all threads' states are written before they are announced
+        for number in gl.static_range(2):
+            is_cut = is_head_cut if number == 0 else is_tail_cut
+            if is_cut:
+                words = head_words if number == 0 else tail_words
+                kv_head = head_kv_head if number == 0 else tail_kv_head
+                item_begin = head_begin if number == 0 else tail_begin
+                item_end = item_begin + gl.load(words + 4)
+                first_part = _part_of(item_begin, total_tiles, num_parts)
+                last_part = _part_of(item_end - 1, total_tiles, num_parts)
+                num_arrived = gl.atomic_add(counters_ptr + first_part, 1, sem="acq_rel", scope="gpu")
+                _barrier()
+                if num_arrived == last_part - first_part:
+                    gl.store(counters_ptr + first_part, 0)  # ready for the next launch
+                    flags = gl.load(words + 2)
+                    merged, merged_max, merged_sum = _merge_states(
+                        item_begin,
+                        first_part,
+                        last_part,
+                        total_tiles,
+                        num_parts,
+                        state_ptr,
+                        extrema_ptr,
+                        HEAD_DIM,
+                        COLUMNS,
+                        ROWS,
+                    )
+                    _store_result(
+                        merged,
+                        merged_max,
+                        merged_sum,
+                        gl.load(words + 1),
+                        flags >> _SHIFT_ROWS,
+                        kv_head,
+                        num_heads,
+                        (flags & _FLAG_PREFIX) != 0,
+                        out_ptr,
+                        prefix_out_ptr,
+                        prefix_lse_ptr,
+                        IS_SUFFIX,
+                        GROUP_SIZE,
+                        HEAD_DIM,
+                        COLUMNS,
+                        ROWS,
+                    )
+
+
+@gluon.jit
+def _paged_attention_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    list_length_ptr,
+    list_ptr,
+    out_ptr,
+    prefix_out_ptr,
+    prefix_lse_ptr,
+    state_ptr,
+    extrema_ptr,
+    counters_ptr,
+    num_kv_heads,
+    scale_log2e,
+    IS_SUFFIX: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    TILE: gl.constexpr,
+    BOX: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    PANELS: gl.constexpr = HEAD_DIM // 64
+    BOXES: gl.constexpr = TILE // BOX
+    dtype: gl.constexpr = k_desc.dtype
+    TILE_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    # Boxes of a tile, panel by panel, lie as the tile itself would.
+    q_boxes = gl.allocate_shared_memory(dtype, [2 * STAGES * PANELS, COLUMNS, 64], q_desc.layout)
+    k_boxes = gl.allocate_shared_memory(dtype, [2 * STAGES * PANELS * BOXES, BOX, 64], k_desc.layout)
+    v_boxes = gl.allocate_shared_memory(dtype, [2 * STAGES * PANELS * BOXES, BOX, 64], v_desc.layout)
+    q_tiles = q_boxes._reinterpret(dtype, [2 * STAGES, COLUMNS, HEAD_DIM], TILE_LAYOUT)
+    k_tiles = k_boxes._reinterpret(dtype, [2 * STAGES, TILE, HEAD_DIM], TILE_LAYOUT)
+    v_tiles = v_boxes._reinterpret(dtype, [2 * STAGES, TILE, HEAD_DIM], TILE_LAYOUT)
+    weights_buffer = gl.allocate_shared_memory(dtype, [2, COLUMNS, TILE], TILE_LAYOUT)
+    k_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(2 * STAGES):
+        mbarrier.init(k_full.index(slot), count=BOXES)
+        mbarrier.init(v_full.index(slot), count=BOXES)
+        mbarrier.init(empty.index(slot), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _attend_to_part,
+                (
+                    0,
+                    list_length_ptr,
+                    list_ptr,
+                    out_ptr,
+                    prefix_out_ptr,
+                    prefix_lse_ptr,
+                    state_ptr,
+                    extrema_ptr,
+                    counters_ptr,
+                    q_tiles,
+                    k_tiles,
+                    v_tiles,
+                    weights_buffer,
+                    k_full,
+                    v_full,
+                    empty,
+                    num_kv_heads,
+                    scale_log2e,
+                    IS_SUFFIX,
+                    GROUP_SIZE,
+                    HEAD_DIM,
+                    TILE,
+                    COLUMNS,
+                    STAGES,
+                ),
+            ),
+            (
+                _attend_to_part,
+                (
+                    1,
+                    list_length_ptr,
+                    list_ptr,
+                    out_ptr,
+                    prefix_out_ptr,
+                    prefix_lse_ptr,
+                    state_ptr,
+                    extrema_ptr,
+                    counters_ptr,
+                    q_tiles,
+                    k_tiles,
+                    v_tiles,
+                    weights_buffer,
+                    k_full,
+                    v_full,
+                    empty,
+                    num_kv_heads,
+                    scale_log2e,
+                    IS_SUFFIX,
+                    GROUP_SIZE,
+                    HEAD_DIM,
+                    TILE,
+                    COLUMNS,
+                    STAGES,
+                ),
+            ),
+            (
+                _copy_parts,
+                (
+                    list_length_ptr,
+                    list_ptr,
+                    q_desc,
+                    k_desc,
+                    v_desc,
+                    q_boxes,
+                    k_boxes,
+                    v_boxes,
+                    k_full,
+                    v_full,
+                    empty,
+                    num_kv_heads,
+                    GROUP_SIZE,
+                    HEAD_DIM,
+                    BLOCK_SIZE,
+                    TILE,
+                    BOX,
+                    COLUMNS,
+                    STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [160, 80],
+    )
+
+
+def launch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    scale: float,
+    list_length: torch.Tensor,
+    tile_list: torch.Tensor,
+    counters: torch.Tensor,
+    out: torch.Tensor,
+    prefix_result: tuple[torch.Tensor, torch.Tensor] | None,
+    num_programs: int,
+) -> None:
+    """Run the kernel over a plan of tiles of TILE keys; prefix_result as in `launch_paged_attention`, if a suffix."""
+    num_heads = q.shape[1]
+    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
+    group_size = num_heads // num_kv_heads
+    columns = 8 if group_size <= 8 else 16
+    num_stages = 3 if num_programs <= _FEW_PROGRAMS else 2  # tiles in flight, for each of the two parts
+    prefix_out, prefix_lse = prefix_result or (out, out)
+    num_state_rows = 4 * num_programs * columns
+    state = torch.empty(num_state_rows, head_dim, dtype=torch.float32, device=q.device)
+    extrema = torch.empty(num_state_rows, 2, dtype=torch.float32, device=q.device)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    _paged_attention_kernel[(num_programs,)](
+        TensorDescriptor.from_tensor(q.contiguous().view(-1, head_dim), [columns, _PANEL], layout),
+        TensorDescriptor.from_tensor(k_cache.view(-1, head_dim), [BOX, _PANEL], layout),
+        TensorDescriptor.from_tensor(v_cache.view(-1, head_dim), [BOX, _PANEL], layout),
+        list_length,
+        tile_list,
+        out,
+        prefix_out,
+        prefix_lse,
+        state,
+        extrema,
+        counters,
+        num_kv_heads,
+        scale / math.log(2),
+        IS_SUFFIX=prefix_result is not None,
+        GROUP_SIZE=group_size,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        TILE=TILE,
+        BOX=BOX,
+        COLUMNS=columns,
+        STAGES=num_stages,
+        num_warps=4,
+    )

@@ -1,0 +1,66 @@
+"""Launches the gated half of the MLP: fused on Hopper where that is faster, else cuBLAS and an activation behind it."""
+
+# Kernel parameters are typed by Triton, constexprs are capitals by its custom.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from blendserve_kernels.triton_kernels.decode_attention import device_limits, is_hopper
+
+_MAX_BLOCK_COLUMNS = 2048
+MIN_FUSED_TOKENS = 512  # below, cuBLAS has better tiles
+
+
+@triton.jit
+def _silu_and_multiply_chunks_kernel(gate_up_ptr, out_ptr, intermediate, BLOCK_COLUMNS: tl.constexpr):
+    """Chunks of 8 gates and 8 ups, in turn."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    is_inside = columns < intermediate
+    gate_ptrs = gate_up_ptr + row * 2 * intermediate + columns // 8 * 16 + columns % 8
+    gate = tl.load(gate_ptrs, mask=is_inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + 8, mask=is_inside, other=0.0).to(tl.float32)
+    activated = (gate / (1.0 + tl.exp(-gate))).to(out_ptr.dtype.element_ty)  # rounded here, as torch does
+    out = (activated.to(tl.float32) * up).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * intermediate + columns, out, mask=is_inside)
+
+
+def silu_and_multiply_chunks_triton(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up of contiguous gate_up [num_tokens, 2 * intermediate], whose columns alternate by 8."""
+    num_tokens, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(num_tokens, intermediate, dtype=gate_up.dtype, device=gate_up.device)
+    if out.numel() == 0:
+        return out
+    block_columns = min(_MAX_BLOCK_COLUMNS, triton.next_power_of_2(intermediate))
+    grid = (num_tokens, triton.cdiv(intermediate, block_columns))
+    _silu_and_multiply_chunks_kernel[grid](gate_up, out, intermediate, BLOCK_COLUMNS=block_columns, num_warps=4)
+    return out
+
+
+def fits_fused_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether `gluon_kernels.linear` runs on this GPU with these sizes."""
+    return (
+        is_hopper(x.device)
+        and x.element_size() == 2
+        and weight.shape[0] % 256 == 0
+        and x.shape[1] % 64 == 0
+        and x.stride(0) % 8 == 0
+    )
+
+
+def linear_silu_and_multiply_triton(
+    x: torch.Tensor, weight: torch.Tensor, num_programs: int | None = None
+) -> torch.Tensor:
+    """Launch `linear_silu_and_multiply.linear_silu_and_multiply`; arguments as there, unchecked. No host sync."""
+    if x.shape[0] < MIN_FUSED_TOKENS or not fits_fused_kernel(x, weight):
+        return silu_and_multiply_chunks_triton(torch.nn.functional.linear(x, weight))
+    from blendserve_kernels.gluon_kernels import linear
+
+    out = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device)
+    linear.launch(x, weight, out, True, num_programs or device_limits(x.device)[0])
+    return out
