@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from blendserve.engine.run_shard import run_shard
+from blendserve.manifest import ShardManifest
+
 NUM_ROWS = 48
+INSTRUCTION = "Read the text and answer with one word, yes or no. Example: the sun is hot, yes. "
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,22 @@ def job_options(requests: Path, output: Path, model: Path) -> list[object]:
     return [*options, "--id-column", "id", "--prompt-column", "ask", "--json"]
 
 
+def write_requests(path: Path) -> None:
+    """Rows of two kinds: short answers under one long instruction, long answers to short prompts; four duplicates."""
+    rows = []
+    for number in range(NUM_ROWS):
+        text = f"{INSTRUCTION}Number {number % 44} is even." if number % 2 else f"Tell me of {number}."
+        rows.append(
+            {
+                "id": f"row-{number}",
+                "ask": text,
+                "max_tokens": 3 if number % 2 else 40,
+                "topic": {"name": f"t{number}", "tags": ["a"] * (number % 3)},
+            }
+        )
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
 def results(output: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pads.dataset(output / "results", format="parquet").to_table().to_pylist()
     return rows
@@ -54,3 +75,8 @@ def generated_row_indices(output: Path) -> list[int]:
     """The row of every completion that any attempt wrote."""
     files = sorted((output / "completions").rglob("part-*.parquet"))
     return [index for file in files for index in pq.read_table(file, columns=["row_index"])["row_index"].to_pylist()]
+
+
+def run_shard_here(plan_folder: Path, shard: int, **_callbacks: object) -> ShardManifest:
+    """In the place of `run_shard_process`: the engine in the process that asks for it."""
+    return run_shard(plan_folder, shard, should_stop=lambda: False, on_progress=None)

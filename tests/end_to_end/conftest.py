@@ -5,18 +5,12 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from blendserve import job
 from blendserve.cli import app
-from blendserve.engine.run_shard import run_shard
-from blendserve.manifest import ShardManifest
-from tests.end_to_end.command_line import NUM_ROWS, Blendserve, Finished, command
-
-INSTRUCTION = "Read the text and answer with one word, yes or no. Example: the sun is hot, yes. "
+from tests.end_to_end.command_line import Blendserve, Finished, command, run_shard_here, write_requests
 
 
 @pytest.fixture
@@ -33,7 +27,7 @@ def blendserve_process() -> Blendserve:
 @pytest.fixture
 def blendserve(monkeypatch: pytest.MonkeyPatch) -> Blendserve:
     """The command in the test's own process, the engine too: all the same code but for the process boundary."""
-    monkeypatch.setattr(job, "run_shard_process", _run_shard_here)
+    monkeypatch.setattr(job, "run_shard_process", run_shard_here)
 
     def call(*arguments: object, cwd: Path | None = None) -> Finished:
         if cwd is not None:
@@ -44,24 +38,9 @@ def blendserve(monkeypatch: pytest.MonkeyPatch) -> Blendserve:
     return call
 
 
-def _run_shard_here(plan_folder: Path, shard: int, **_callbacks: object) -> ShardManifest:
-    return run_shard(plan_folder, shard, should_stop=lambda: False, on_progress=None)
-
-
 @pytest.fixture
 def requests(tmp_path: Path) -> Path:
     """Rows of two kinds: short answers under one long instruction, long answers to short prompts; four duplicates."""
-    rows = []
-    for number in range(NUM_ROWS):
-        text = f"{INSTRUCTION}Number {number % 44} is even." if number % 2 else f"Tell me of {number}."
-        rows.append(
-            {
-                "id": f"row-{number}",
-                "ask": text,
-                "max_tokens": 3 if number % 2 else 40,
-                "topic": {"name": f"t{number}", "tags": ["a"] * (number % 3)},
-            }
-        )
     path = tmp_path / "requests.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), path)
+    write_requests(path)
     return path

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.command_line import Blendserve, command, completions, generated_row_indices, job_options
+from blendserve import job
+from blendserve.cli import main
+from tests import forked
+from tests.end_to_end.command_line import (
+    Blendserve,
+    command,
+    completions,
+    generated_row_indices,
+    job_options,
+    run_shard_here,
+    write_requests,
+)
 
 
 def start(arguments: list[object]) -> subprocess.Popen[str]:
@@ -19,10 +31,18 @@ def start(arguments: list[object]) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(path: Path, pattern: str, process: subprocess.Popen[str]) -> None:
+def run_here(arguments: list[str]) -> None:
+    """The command with its engine in the same process, for a process that is killed whole."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "run_shard_process", run_shard_here)
+        patch.setattr(sys, "argv", ["blendserve", "run", *arguments])
+        main()
+
+
+def wait_for(path: Path, pattern: str, is_running: Callable[[], bool]) -> None:
     """Until the job has written a file that matches, so that a moment is chosen by state and not by the clock."""
     for _ in range(6000):
-        if any(path.glob(pattern)) or process.poll() is not None:
+        if any(path.glob(pattern)) or not is_running():
             return
         time.sleep(0.01)
     raise AssertionError(f"{pattern} never appeared")
@@ -33,10 +53,15 @@ def options(requests: Path, tmp_path: Path, tiny_model: Path) -> list[object]:
     return [*job_options(requests, tmp_path / "out", tiny_model), "--shards", 2, "--max-num-seqs", 2]
 
 
-@pytest.fixture
-def uninterrupted(blendserve: Blendserve, requests: Path, tmp_path: Path, tiny_model: Path) -> dict[str, str]:
-    assert blendserve("run", *job_options(requests, tmp_path / "whole", tiny_model)).status == 0
-    return completions(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    write_requests(folder / "requests.parquet")
+    options = job_options(folder / "requests.parquet", folder / "out", tiny_model)
+    process = forked.start(run_here, list(map(str, options)))
+    process.join()
+    assert process.exitcode == 0
+    return completions(folder / "out")
 
 
 MOMENTS = {
@@ -55,10 +80,9 @@ MOMENTS = {
 def test_kill_9(
     moment: str, options: list[object], tmp_path: Path, blendserve: Blendserve, uninterrupted: dict[str, str]
 ) -> None:
-    process = start(options)
-    wait_for(tmp_path / "out", MOMENTS[moment], process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process = forked.start(run_here, list(map(str, options)))
+    wait_for(tmp_path / "out", MOMENTS[moment], process.is_alive)
+    forked.kill(process)
     assert not (tmp_path / "out" / "_SUCCESS").exists()
     before = generated_row_indices(tmp_path / "out")
     done = blendserve("run", *options)
@@ -74,7 +98,7 @@ def test_a_stop_request_keeps_what_is_finished(
     number: signal.Signals, options: list[object], tmp_path: Path, blendserve: Blendserve, uninterrupted: dict[str, str]
 ) -> None:
     process = start(options)
-    wait_for(tmp_path / "out", "completions/shard-00000", process)
+    wait_for(tmp_path / "out", "completions/shard-00000", lambda: process.poll() is None)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
@@ -92,7 +116,7 @@ def test_when_only_the_command_is_killed_its_engine_ends_too(
     options: list[object], tmp_path: Path, blendserve: Blendserve, uninterrupted: dict[str, str]
 ) -> None:
     process = start(options)
-    wait_for(tmp_path / "out", "completions/shard-00000", process)
+    wait_for(tmp_path / "out", "completions/shard-00000", lambda: process.poll() is None)
     process.kill()
     process.communicate()
     done = blendserve("run", *options)
@@ -103,10 +127,10 @@ def test_when_only_the_command_is_killed_its_engine_ends_too(
 
 
 def test_two_runs_of_one_job_at_once(options: list[object], tmp_path: Path, blendserve: Blendserve) -> None:
-    process = start(options)
-    wait_for(tmp_path / "out", "job.json", process)
+    process = forked.start(run_here, list(map(str, options)))
+    wait_for(tmp_path / "out", "job.json", process.is_alive)
     second = blendserve("run", *options)
-    process.communicate()
-    assert process.returncode == 0
+    process.join()
+    assert process.exitcode == 0
     assert second.status == 75
     assert "in use by process" in second.result["error"]
