@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -120,6 +121,9 @@ def main() -> None:
     parser.add_argument("--engine", nargs="+", choices=["blendserve", "vllm"], default=["blendserve", "vllm"])
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="engine options of BlendServe")
     parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--keep", type=Path, help="a folder for the engines' logs and BlendServe's metrics of each step"
+    )
     parser.add_argument("--commit", default=commit())
     arguments = parser.parse_args()
     options = dict(option.split("=", 1) for option in arguments.set)
@@ -139,6 +143,9 @@ def main() -> None:
         ]
         settings = {"limits": LIMITS, "options": options}
         results = {engine: run_engine(engine, jobs, settings, scratch) for engine in arguments.engine}
+        if arguments.keep:
+            for path in [*scratch.glob("*.log"), *scratch.glob("steps-*.parquet")]:
+                shutil.copy(path, arguments.keep)
     lines = []
     for index, job in enumerate(jobs):
         line = {"workload": job["workload"], "order": job["order"], "commit": arguments.commit}

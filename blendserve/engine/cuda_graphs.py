@@ -14,39 +14,48 @@ from blendserve.engine.step_inputs import StepShape
 
 # Beyond this many tokens the GPU takes longer than Python does.
 _MAX_TOKENS = 2048
-# Prefill chunks of a captured step; padding costs programs that end at once.
 _MAX_CHUNKS = 128
 
 
-def padded_shape(num_decodes: int, num_prefill_tokens: int, num_chunks: int) -> StepShape | None:
-    """The shape to run a step in, with some padding, or None where a capture doesn't pay."""
+def padded_shape(num_decodes: int, num_prefill_tokens: int, num_chunks: int) -> StepShape:
+    """The shape that a step runs in on a GPU: few kinds of shapes, since each is captured and some are compiled for."""
     if num_chunks == 0:
         num_decodes = _padded_decodes(num_decodes)
-        return StepShape(num_decodes, num_decodes, 0) if num_decodes <= _MAX_TOKENS else None
-    num_tokens = -(-(num_decodes + num_prefill_tokens) // 128) * 128
-    if num_tokens > _MAX_TOKENS or num_chunks > _MAX_CHUNKS:
-        return None
-    padded_decodes = min(-(-num_decodes // 128) * 128, num_tokens)
-    return StepShape(num_tokens, padded_decodes, _MAX_CHUNKS)
+        return StepShape(num_decodes, num_decodes, 0)
+    num_tokens = _round_up(num_decodes + num_prefill_tokens, 128)
+    return StepShape(num_tokens, min(_round_up(num_decodes, 128), num_tokens), _round_up(num_chunks, _MAX_CHUNKS))
 
 
-def shapes_to_capture(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepShape]:
-    """Every shape that `padded_shape` gives within these limits, the largest first so that they share its memory."""
+def is_captured(shape: StepShape) -> bool:
+    return shape.num_tokens <= _MAX_TOKENS and shape.num_chunks <= _MAX_CHUNKS
+
+
+def padded_samples(num_sampled: int) -> int:
+    """How many tokens are sampled from where `num_sampled` are wanted."""
+    return _round_up(num_sampled, 16 if num_sampled <= 64 else 64)
+
+
+def shapes_to_prepare(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepShape]:
+    """All captured shapes within these limits and one of each other kind, the largest first: they share its memory."""
     decodes = {padded_shape(number, 0, 0) for number in range(1, max_num_seqs + 1)}
+    largest = min(_MAX_TOKENS, max_num_batched_tokens)
     mixed = {
         padded_shape(number, tokens - number, 1)
-        for tokens in range(128, min(_MAX_TOKENS, max_num_batched_tokens) + 1, 128)
-        for number in range(0, min(tokens, -(-max_num_seqs // 128) * 128 + 1), 128)
+        for tokens in [*range(128, largest + 1, 128), max_num_batched_tokens]
+        for number in range(0, min(tokens, max_num_seqs + 127), 128)
     }
-    shapes = [shape for shape in decodes | mixed if shape is not None]
-    return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_decodes, shape.num_chunks), reverse=True)
+    return sorted(decodes | mixed, key=lambda shape: (shape.num_tokens, shape.num_decodes), reverse=True)
 
 
 def _padded_decodes(num_decodes: int) -> int:
     for limit, multiple in ((8, 1), (32, 8), (128, 16), (512, 32)):
         if num_decodes <= limit:
-            return -(-num_decodes // multiple) * multiple
-    return -(-num_decodes // 64) * 64
+            return _round_up(num_decodes, multiple)
+    return _round_up(num_decodes, 64)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 class CapturedPasses:

@@ -9,11 +9,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blendserve.engine.cuda_graphs import CapturedPasses, padded_shape, shapes_to_capture
+from blendserve.engine.cuda_graphs import (
+    CapturedPasses,
+    is_captured,
+    padded_samples,
+    padded_shape,
+    shapes_to_prepare,
+)
+from blendserve.engine.running import IntArray
 from blendserve.engine.sampler import Sampler
 from blendserve.engine.scheduled_batch import ScheduledBatch
 from blendserve.engine.step_inputs import BlockTables, StepShape, model_batch, model_words, sampled_tokens
 from blendserve.models.llama import LayerCache, LlamaModel
+from blendserve_kernels.copy_blocks import copy_blocks
 
 # Steps whose host buffers may be in use at one time: the one that is filled, the one that runs, one to spare.
 _NUM_BUFFERS = 3
@@ -69,7 +77,7 @@ class ModelRunner:
         max_blocks = min(-(-max_model_len // block_size), num_blocks)
         self._tables = BlockTables(max_num_seqs, max_blocks, self._device)
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self._device)
-        num_tokens = max(-(-max_num_batched_tokens // 128) * 128, max_num_seqs + 64)
+        num_tokens = max(max_num_batched_tokens, max_num_seqs) + 128
         num_words = StepShape(num_tokens, max_num_seqs + 128, max_num_seqs + 128).num_words
         self._words = [self._host_words(num_words) for _ in range(_NUM_BUFFERS)]
         self._device_words = torch.zeros(num_words, dtype=torch.int64, device=self._device)
@@ -89,39 +97,45 @@ class ModelRunner:
         buffer = self._num_launched % _NUM_BUFFERS
         self._num_launched += 1
         index, blocks = self._tables.change(batch.table_changes)
-        sampled = sampled_tokens(batch)
-        columns = [sampled, batch.sampled_rows, batch.sampled_seeds, batch.sampled_positions, index, blocks]
-        uploaded = self._upload(np.concatenate(columns))
-        parts = torch.split(uploaded, [len(column) for column in columns])
-        tokens_index, rows, seeds, positions, index_there, blocks_there = parts
+        copies = np.array([(copy.source, copy.target, copy.num_tokens) for copy in batch.block_copies], dtype=np.int64)
+        num_sampled = len(batch.sampled_rows)
+        columns = [*self._sampling_columns(batch), index, blocks, *copies.reshape(-1, 3).T]
+        parts = torch.split(self._upload(np.concatenate(columns)), [len(column) for column in columns])
+        sampled, rows, seeds, positions, index_there, blocks_there, *copies_there = parts
         if len(index):
             self._tables.device.view(-1)[index_there] = blocks_there.int()
-        for copy in batch.block_copies:
-            source, target = (self._blocks[:, :, block, :, : copy.num_tokens] for block in (copy.source, copy.target))
-            target.copy_(source)
-        hidden = self._hidden(batch, self._words[buffer], tokens_index)
-        if len(sampled) == 0:
+        copy_blocks(self._blocks.flatten(0, 1), *copies_there)
+        hidden = self._hidden(batch, self._words[buffer], sampled)
+        if num_sampled == 0:
             return LaunchedStep(torch.zeros(2, 0, dtype=torch.int64), began, self._mark())
         token_ids, is_finite = self._sampler(self._model.logits(hidden), seeds, positions)
         self._last_tokens[rows] = token_ids
-        result = self._results[buffer][: 2 * len(sampled)].view(2, -1)
-        result.copy_(torch.stack((token_ids, is_finite.long())), non_blocking=True)
+        result = self._results[buffer][: 2 * num_sampled].view(2, -1)
+        result.copy_(torch.stack((token_ids, is_finite.long()))[:, :num_sampled], non_blocking=True)
         return LaunchedStep(result, began, self._mark())
 
     @torch.inference_mode()
     def warm_up(self) -> int:
-        """Capture every shape there is, instead of each when it is first needed. Returns how many there are."""
-        if self._captured is None:
+        """Compile and capture for every shape of step, instead of when it first comes. Returns how many shapes."""
+        if not self._is_gpu:
             return 0
+        shapes = shapes_to_prepare(self._max_num_seqs, self._max_num_batched_tokens)
         tables = self._tables.device
-        for shape in shapes_to_capture(self._max_num_seqs, self._max_num_batched_tokens):
+        for shape in shapes:
             words = self._words[0][: shape.num_words]
             model_words(ScheduledBatch(), shape, self._tables, self._block_size, words.numpy())
             words = self._device_words[: shape.num_words].copy_(words)
-            for _ in range(2):
-                self._captured.run(shape, partial(self._forward, words, shape, tables, shape.num_tokens))
+            if self._captured and is_captured(shape):
+                for _ in range(2):
+                    self._captured.run(shape, partial(self._forward, words, shape, tables, shape.num_tokens))
+                continue
+            for num_sampled in (16, 64, 128):
+                sampled = torch.zeros(num_sampled, dtype=torch.int64, device=self._device)
+                for longest_chunk in (1, shape.num_tokens):
+                    hidden = self._forward(words, shape, tables, longest_chunk, sampled)
+                self._sampler(self._model.logits(hidden), sampled, sampled)
         torch.cuda.synchronize(self._device)
-        return self._captured.num_captured
+        return len(shapes)
 
     def collect(self, step: LaunchedStep) -> StepOutput:
         """Wait for a step's tokens."""
@@ -132,21 +146,34 @@ class ModelRunner:
         token_ids, is_valid = step.result.numpy()
         return StepOutput(token_ids.astype(np.int32), is_valid.astype(np.bool_), busy_seconds)
 
+    def _sampling_columns(self, batch: ScheduledBatch) -> list[IntArray]:
+        """Tokens to sample from, their rows, seeds and positions; on a GPU padded, with the row for padding."""
+        columns = [sampled_tokens(batch), batch.sampled_rows, batch.sampled_seeds, batch.sampled_positions]
+        num_sampled = len(batch.sampled_rows)
+        if not self._is_gpu or num_sampled == 0:
+            return columns
+        padding = padded_samples(num_sampled) - num_sampled
+        return [
+            np.pad(column, (0, padding), constant_values=value)
+            for column, value in zip(columns, (0, self._max_num_seqs, 0, 0), strict=True)
+        ]
+
     def _hidden(self, batch: ScheduledBatch, host_words: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
         """What the head needs of the sampled tokens, [num_sampled, H]."""
         num_decodes, num_chunks = len(batch.decode_rows), len(batch.prefills)
-        shape = padded_shape(num_decodes, batch.num_prefill_tokens, num_chunks) if self._captured else None
-        is_captured = shape is not None
-        shape = shape or StepShape(batch.num_tokens, num_decodes, num_chunks)
+        shape = StepShape(batch.num_tokens, num_decodes, num_chunks)
+        if self._is_gpu:
+            shape = padded_shape(num_decodes, batch.num_prefill_tokens, num_chunks)
         words = host_words[: shape.num_words]
         model_words(batch, shape, self._tables, self._block_size, words.numpy())
         words = self._device_words[: shape.num_words].copy_(words, non_blocking=True)
-        if self._captured and is_captured:
-            tables = self._tables.device
-            return self._captured.run(shape, lambda: self._forward(words, shape, tables, shape.num_tokens))[sampled]
-        longest = max((chunk.start + chunk.num_tokens for chunk in batch.prefills), default=0)
-        longest = max(longest, int(batch.decode_positions.max(initial=-1)) + 1)
-        tables = self._tables.device[:, : -(-longest // self._block_size)]
+        tables = self._tables.device
+        if self._captured and is_captured(shape):
+            return self._captured.run(shape, partial(self._forward, words, shape, tables, shape.num_tokens))[sampled]
+        if not self._is_gpu:  # narrower tables are less to look at there; a GPU's kernels don't care
+            contexts = [chunk.start + chunk.num_tokens for chunk in batch.prefills]
+            longest = max([int(batch.decode_positions.max(initial=-1)) + 1, *contexts])
+            tables = tables[:, : -(-longest // self._block_size)]
         longest_chunk = max((chunk.num_tokens for chunk in batch.prefills), default=0)
         return self._forward(words, shape, tables, longest_chunk, sampled)
 

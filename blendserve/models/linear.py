@@ -1,8 +1,11 @@
-"""Products with a fixed weight matrix: cuBLAS on a GPU, oneDNN with packed weights on a CPU."""
+"""Products with fixed weight matrices: cuBLAS or a fused kernel on a GPU, oneDNN with packed weights on a CPU."""
 
 from __future__ import annotations
 
 import torch
+
+from blendserve_kernels.linear_silu_and_multiply import interleave_gate_up, linear_silu_and_multiply
+from blendserve_kernels.silu_and_multiply import silu_and_multiply
 
 # oneDNN chooses its layout for about this many rows; the same layout is as good for one row and for hundreds.
 _PACKED_FOR_ROWS = 32
@@ -29,3 +32,23 @@ class Linear:
             product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return product
         return torch.nn.functional.linear(x, self._weight, self._bias)
+
+
+class GatedLinear:
+    """x → silu(x gate^T + b) * (x up^T + b), with gate and up [out_features, in_features], biases or none.
+
+    On a GPU one kernel does it all where it is faster, so that the two products are never written.
+    """
+
+    __slots__ = ("_weights",)
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """bias: [2 * out_features], of gate, then of up."""
+        is_fused = gate.is_cuda and bias is None and gate.shape[0] % 8 == 0
+        self._weights = interleave_gate_up(gate, up) if is_fused else Linear(torch.cat((gate, up)), bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_rows, in_features] → [num_rows, out_features]."""
+        if isinstance(self._weights, Linear):
+            return silu_and_multiply(self._weights(x))
+        return linear_silu_and_multiply(x, self._weights)

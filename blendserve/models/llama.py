@@ -15,13 +15,15 @@ from blendserve.models.config import ModelConfig
 from blendserve.models.rotary_table import rotary_table
 from blendserve.models.weights import LayerWeights, ModelWeights
 from blendserve_kernels.decode_attention import decode_attention, plan_decode
-from blendserve_kernels.prefill_attention import prefill_attention
+from blendserve_kernels.prefill_attention import plan_prefill, prefill_attention
 from blendserve_kernels.rms_norm import add_rms_norm, rms_norm
 from blendserve_kernels.rotary import rotary_and_store_kv
-from blendserve_kernels.silu_and_multiply import silu_and_multiply
 
 if TYPE_CHECKING:
     from blendserve_kernels.triton_kernels.decode_attention import DecodePlan
+    from blendserve_kernels.triton_kernels.prefill_attention import PrefillPlan
+
+    Plans = tuple[DecodePlan | None, PrefillPlan | None]
 
 # K and V of one layer, each [num_blocks, num_kv_heads, block_size, head_dim].
 LayerCache = tuple[torch.Tensor, torch.Tensor]
@@ -52,18 +54,18 @@ class LlamaModel:
         sampled: int64 [num_sampled], the tokens whose next token is wanted; without it all T are.
         """
         layers, eps = self._weights.layers, self.config.rms_norm_eps
-        plan = self._plan(batch, kv_cache)
+        plans = self._plans(batch, kv_cache[0][0])
         residual = embedding(batch.token_ids, self._weights.embedding)  # [T, H]
         normed = rms_norm(residual, layers[0].input_norm, eps)
         for index, layer in enumerate(layers):
             is_last = index + 1 == len(layers)
-            attended = self._attention(layer, normed, batch, kv_cache[index], plan)
+            attended = self._attention(layer, normed, batch, kv_cache[index], plans)
             if is_last and sampled is not None:
                 # What follows works on each token alone, so from here on only the sampled ones matter.
                 attended, residual = attended[sampled], residual[sampled]
             projected = layer.output(attended)
             normed, residual = add_rms_norm(projected, residual, layer.post_attention_norm, eps)
-            fed_forward = _feed_forward(layer, normed)
+            fed_forward = layer.down(layer.gate_up(normed))
             next_norm = self._weights.final_norm if is_last else layers[index + 1].input_norm
             normed, residual = add_rms_norm(fed_forward, residual, next_norm, eps)
         return normed
@@ -72,15 +74,18 @@ class LlamaModel:
         """[num_sampled, H] from `forward` → [num_sampled, vocab_size]."""
         return self._weights.head(hidden)
 
-    def _plan(self, batch: ModelBatch, kv_cache: list[LayerCache]) -> DecodePlan | None:
-        """The decodes' work list, which all layers share."""
-        part = batch.decode
-        if part is None:
-            return None
-        return plan_decode(kv_cache[0][0], part.block_table, part.context_lens, self.config.num_heads)
+    def _plans(self, batch: ModelBatch, k_cache: torch.Tensor) -> Plans:
+        """The work lists of both kinds of attention, which all layers share."""
+        decode, prefill, num_heads = batch.decode, batch.prefill, self.config.num_heads
+        return (
+            plan_decode(k_cache, decode.block_table, decode.context_lens, num_heads) if decode else None,
+            plan_prefill(k_cache, prefill.cu_seqlens_q, prefill.context_lens, len(batch.token_ids), num_heads)
+            if prefill
+            else None,
+        )
 
     def _attention(
-        self, layer: LayerWeights, normed: torch.Tensor, batch: ModelBatch, cache: LayerCache, plan: DecodePlan | None
+        self, layer: LayerWeights, normed: torch.Tensor, batch: ModelBatch, cache: LayerCache, plans: Plans
     ) -> torch.Tensor:
         """[T, num_heads * head_dim]: what the heads gather, not yet projected. Stores K and V of all T tokens first."""
         config, head_dim = self.config, self.config.head_dim
@@ -91,7 +96,7 @@ class LlamaModel:
         v = v.reshape(-1, config.num_kv_heads, head_dim)
         k_cache, v_cache = cache
         q = rotary_and_store_kv(q, k, v, batch.positions, self._rotary_table, k_cache, v_cache, batch.slot_mapping)
-        return self._attend(q, batch, k_cache, v_cache, plan).flatten(1)
+        return self._attend(q, batch, k_cache, v_cache, plans).flatten(1)
 
     def _normed_heads(self, heads: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """[T, n * head_dim] → [T, n, head_dim], each head normed where the architecture does so (Qwen3)."""
@@ -106,7 +111,7 @@ class LlamaModel:
         batch: ModelBatch,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        plan: DecodePlan | None,
+        plans: Plans,
     ) -> torch.Tensor:
         """[T, num_heads, head_dim]: decodes and prefill chunks each by their own kernel; padding stays undefined."""
         out = torch.empty_like(q)
@@ -120,7 +125,7 @@ class LlamaModel:
                 part.block_table,
                 part.context_lens,
                 self._scale,
-                plan=plan,
+                plan=plans[0],
                 out=out[rows],
             )
         if batch.prefill is not None:  # after the decodes, whose padding may overlap the chunks
@@ -134,11 +139,7 @@ class LlamaModel:
                 chunks.context_lens,
                 self._scale,
                 chunks.max_seqlen_q,
+                plan=plans[1],
                 out=out,
             )
         return out
-
-
-def _feed_forward(layer: LayerWeights, normed: torch.Tensor) -> torch.Tensor:
-    gate_up = layer.gate_up(normed)  # [T, 2 I]
-    return layer.down(silu_and_multiply(gate_up))

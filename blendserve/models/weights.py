@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from blendserve.errors import ModelError
 from blendserve.models.config import ModelConfig
-from blendserve.models.linear import Linear
+from blendserve.models.linear import GatedLinear, Linear
 
 _DUMMY_STD = 0.02
 
@@ -30,7 +30,7 @@ class LayerWeights:
     k_norm: torch.Tensor | None  # [head_dim]
     output: Linear  # Q → H
     post_attention_norm: torch.Tensor  # [H]
-    gate_up: Linear  # H → 2 I
+    gate_up: GatedLinear  # H → I
     down: Linear  # I → H
 
 
@@ -105,7 +105,8 @@ def _layer(config: ModelConfig, tensor: TensorSource, prefix: str) -> LayerWeigh
         return tensor(f"{prefix}{name}.weight", (size,))
 
     qkv = {"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key}
-    gate_up = {"mlp.gate_proj": intermediate, "mlp.up_proj": intermediate}
+    gate, up = f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"
+    mlp_biases = [tensor(f"{name}.bias", (intermediate,)) for name in (gate, up) if config.has_mlp_bias]
     return LayerWeights(
         input_norm=norm("input_layernorm", hidden),
         qkv=fused(qkv, hidden, config.has_qkv_bias),
@@ -113,6 +114,10 @@ def _layer(config: ModelConfig, tensor: TensorSource, prefix: str) -> LayerWeigh
         k_norm=norm("self_attn.k_norm", head_dim) if config.has_qk_norm else None,
         output=fused({"self_attn.o_proj": hidden}, query, config.has_output_bias),
         post_attention_norm=norm("post_attention_layernorm", hidden),
-        gate_up=fused(gate_up, hidden, config.has_mlp_bias),
+        gate_up=GatedLinear(
+            tensor(f"{gate}.weight", (intermediate, hidden)),
+            tensor(f"{up}.weight", (intermediate, hidden)),
+            torch.cat(mlp_biases) if mlp_biases else None,
+        ),
         down=fused({"mlp.down_proj": hidden}, intermediate, config.has_mlp_bias),
     )

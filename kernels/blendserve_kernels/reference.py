@@ -42,6 +42,15 @@ def linear_silu_and_multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Ten
     return F.silu(gate).mul_(up).flatten(1)
 
 
+def copy_blocks(
+    blocks: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor, num_tokens: torch.Tensor
+) -> torch.Tensor:
+    """Twin of `copy_blocks.copy_blocks`."""
+    for source, target, length in zip(sources.tolist(), targets.tolist(), num_tokens.tolist(), strict=True):
+        blocks[:, target, :, :length] = blocks[:, source, :, :length]
+    return blocks
+
+
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x [T, heads, D] by cos, sin float32 [T, 1, D / 2], in float32."""
     first, second = x.float().chunk(2, dim=-1)
@@ -186,6 +195,17 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
 def is_finite(logits: torch.Tensor) -> torch.Tensor:
     """Twin of the second result of `sampling.greedy_checked` and `sampling.sample_checked`."""
     return torch.isfinite(logits).all(dim=-1)
+
+
+def logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Twin of `logprobs.logprobs`."""
+    logits = logits.float()
+    log_sum_exp = logits.logsumexp(dim=-1)
+    top, top_ids = logits.topk(num_top, dim=-1)
+    chosen = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1) - log_sum_exp
+    return chosen, top_ids, top - log_sum_exp.unsqueeze(1)
 
 
 def _as_int64(value: int) -> int:

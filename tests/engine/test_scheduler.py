@@ -187,7 +187,7 @@ def test_the_last_token_of_a_known_prompt_is_computed_for_its_logits() -> None:
 
 def test_requests_that_are_expected_to_fill_the_cache_are_not_admitted_together() -> None:
     prompts = [[number] * 8 for number in range(4)]
-    scheduler = make_scheduler(prompts, max_tokens=24, num_blocks=16)  # 64 tokens: two requests of 32 at most
+    scheduler = make_scheduler(prompts, max_tokens=24, num_blocks=18)  # 72 tokens: two requests of 32 at most
     batches = run_to_end(scheduler)
     assert len(batches[0].prefills) == 2
     assert sum(batch.num_preempted for batch in batches) == 0
