@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.meta
@@ -21,6 +21,9 @@ from blendserve.job_folder import JobFolder
 from blendserve.manifest import replacing
 from blendserve.schemas import REQUESTS, RESULT_COLUMNS
 from blendserve.spec import JobSpec
+
+if TYPE_CHECKING:
+    from blendserve.query import QueriedFiles
 
 _INT32_MAX = 2**31 - 1
 _DEFAULT_PROMPT_COLUMNS = ("prompt_token_ids", "messages", "prompt")
@@ -204,10 +207,13 @@ def _chat_prompt(messages: list[Row | None] | None) -> Row:
 def _template_reader(source: str, schema: pa.Schema) -> PromptReader:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
     try:
-        names = sorted(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+        parsed = environment.parse(source)
+        names = sorted(jinja2.meta.find_undeclared_variables(parsed))
         template = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise UsageError(f"Template can't be parsed: {error.message} (line {error.lineno}).") from error
+    if any(True for _ in jinja2.meta.find_referenced_templates(parsed)):
+        raise UsageError("Template includes, imports or extends another one, which it can't: a template stands alone.")
     if not names:
         raise UsageError(
             f"Template {source!r} names no column, so every row would get the same prompt. Name one, as in "
@@ -239,8 +245,11 @@ def _render_row(template: jinja2.Template, values: Row) -> Row:
         return {"error": f"the template fails on this row: {type(error).__name__}: {error}"}
 
 
-def extract_requests(spec: JobSpec, files: InputFiles, folder: JobFolder) -> dict[str, int]:
-    """Write `input_rows` (the input as it is) and `requests`. Returns how many rows there are and how many fail."""
+def extract_requests(spec: JobSpec, files: InputFiles | QueriedFiles, folder: JobFolder) -> dict[str, int]:
+    """Write `input_rows` (the input as it is, or what the job's query makes of it) and `requests`.
+
+    Returns how many rows there are and how many fail.
+    """
     reader = RequestReader.of(spec, files.schema)
     num_rows, num_errors = 0, 0
     with (

@@ -42,18 +42,21 @@ class InputFiles:
             total.update(content.digest())
         return total.hexdigest()
 
-    def batches(self, limit: int | None) -> Iterator[pa.RecordBatch]:
-        """The rows in order, the first `limit` of them. Raises InputError where a file turns out to be damaged."""
-        dataset = pads.dataset(
+    def dataset(self) -> pads.Dataset:
+        """The files as one dataset in Arrow's sense, hive partitions as columns."""
+        return pads.dataset(
             list(self.paths),
             schema=self.schema,
             format="parquet",
             filesystem=pafs.PyFileSystem(pafs.FSSpecHandler(self.filesystem)),
             partitioning="hive",
         )
+
+    def batches(self, limit: int | None) -> Iterator[pa.RecordBatch]:
+        """The rows in order, the first `limit` of them. Raises InputError where a file turns out to be damaged."""
         left = self.num_rows if limit is None else min(limit, self.num_rows)
         try:
-            for batch in dataset.to_batches(batch_size=_BATCH_ROWS):
+            for batch in self.dataset().to_batches(batch_size=_BATCH_ROWS):
                 if left <= 0:
                     return
                 yield batch.slice(0, left)

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blendserve.errors import OutputError
 from blendserve.file_store import LocalStore
@@ -25,9 +25,13 @@ from blendserve.manifest import FrozenManifest, read_manifest, write_manifest
 from blendserve.models.source import model_identity
 from blendserve.spec import JobSpec, SamplingSpec
 
+if TYPE_CHECKING:
+    from blendserve.query import QueriedFiles
+
 # Fields that decide which prompts the model sees. Together with input, model and sampling they are the job's identity;
 # policy, shards and the like only decide how it runs.
 _PROMPT_FIELDS = (
+    "sql",
     "id_column",
     "prompt_column",
     "template",
@@ -51,7 +55,7 @@ class JobRecord(FrozenManifest):
     fingerprint: str
 
     @classmethod
-    def of(cls, spec: JobSpec, files: InputFiles, model_folder: Path) -> JobRecord:
+    def of(cls, spec: JobSpec, files: InputFiles | QueriedFiles, model_folder: Path) -> JobRecord:
         identity = {
             "input": files.digest(),
             "model": model_identity(model_folder) | {name: getattr(spec, name) for name in _NUMERIC_FIELDS},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blendserve.extract import RequestReader
 from blendserve.input_files import InputFiles, open_input
@@ -13,20 +14,23 @@ from blendserve.models.config import ModelConfig
 from blendserve.models.source import resolve_model
 from blendserve.spec import JobSpec
 
+if TYPE_CHECKING:
+    from blendserve.query import QueriedFiles
+
 
 @dataclass(frozen=True, slots=True)
 class ExaminedJob:
     """A job that passed every check, with what was found, so that nothing is read or hashed twice."""
 
     folder: JobFolder
-    files: InputFiles
+    files: InputFiles | QueriedFiles
     record: JobRecord
     architecture: str
 
 
 def examine(spec: JobSpec) -> ExaminedJob:
     """Raises InputError, UsageError, ModelError or OutputError; changes nothing but creating the output folder."""
-    files = open_input(spec.input)
+    files = _queried(open_input(spec.input), spec)
     RequestReader.of(spec, files.schema)
     model_folder = resolve_model(spec.model)
     architecture = ModelConfig.load(model_folder).architecture
@@ -34,3 +38,11 @@ def examine(spec: JobSpec) -> ExaminedJob:
     record = JobRecord.of(spec, files, model_folder)
     check_claimable(folder, record)
     return ExaminedJob(folder, files, record, architecture)
+
+
+def _queried(files: InputFiles, spec: JobSpec) -> InputFiles | QueriedFiles:
+    if spec.sql is None:
+        return files
+    from blendserve.query import queried  # DuckDB: only where there is a query
+
+    return queried(files, spec.sql)

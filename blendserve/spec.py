@@ -84,6 +84,11 @@ class JobSpec(SamplingSpec, EngineSpec):
         title="Model",
         description="A short name, a folder with safetensors, or a hub name.",
     )
+    sql: str | None = Field(
+        None,
+        title="SQL",
+        description="One select over the input's rows, the table `input`; its columns take their place.",
+    )
     id_column: str | None = Field(
         None, title="Id column", description="Unique ids. Empty: column request_id, or else the row number."
     )

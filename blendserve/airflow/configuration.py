@@ -53,6 +53,24 @@ OPTIONS = {
             "must lie in. Empty: the data folder alone.",
         ),
         Option(
+            "library_folder",
+            "string",
+            "",
+            "Folder of the datasets, templates and SQL files that the trigger form offers by name. Empty: none.",
+        ),
+        Option(
+            "allow_free_sql",
+            "boolean",
+            "False",
+            "Whether the trigger form takes SQL as text. It runs without access to files and network either way.",
+        ),
+        Option(
+            "allow_free_template",
+            "boolean",
+            "True",
+            "Whether the trigger form takes a prompt template as text, which runs in Jinja's sandbox.",
+        ),
+        Option(
             "default_input",
             "string",
             "out/demo/requests.parquet",
@@ -85,6 +103,10 @@ def get(name: str) -> str:
 
 def get_integer(name: str) -> int:
     return int(get(name))
+
+
+def get_boolean(name: str) -> bool:
+    return get(name).strip().lower() in ("true", "t", "1", "yes", "on")
 
 
 def data_folder() -> Path:

@@ -9,13 +9,20 @@ from typing import Any
 
 from airflow.sdk import Param
 
-from blendserve.airflow import configuration
+from blendserve.airflow import configuration, library
 from blendserve.spec import EngineSpec, JobSpec, SamplingSpec
 
 OPEN_FIELDS = ("input", "output", "model", "max_tokens")
-PROMPT_FIELDS = ("id_column", "prompt_column", "template", "system", "raw", "truncate_prompt", "limit")
+PROMPT_FIELDS = ("sql", "id_column", "prompt_column", "template", "system", "raw", "truncate_prompt", "limit")
 SECTIONS = ("Prompts", "Sampling", "Planning", "Engine")
-MULTILINE_FIELDS = ("template", "system")
+MULTILINE_FIELDS = ("sql", "template", "system")
+LIBRARY_TITLES = {
+    "dataset": "Dataset",
+    "template_file": "Template from the library",
+    "sql_file": "SQL from the library",
+}
+# Fields that take text which the worker will run, and the option that lets the form have them.
+FREE_TEXT = {"sql": "allow_free_sql", "template": "allow_free_template"}
 
 ENUM_LABELS = {
     "policy": {
@@ -38,11 +45,13 @@ ENUM_LABELS = {
 
 
 def form_params(**defaults: Any) -> dict[str, Param]:
-    """A param for every field of `JobSpec`, in the order of the form.
+    """A param for every field of `JobSpec` that the form may have, in its order, and one for each part of the library.
 
     `defaults` replace the proposed values of single fields, by name.
     """
-    properties = JobSpec.model_json_schema()["properties"]
+    refused = {name for name, option in FREE_TEXT.items() if not configuration.get_boolean(option)}
+    stated = JobSpec.model_json_schema()["properties"]
+    properties = {name: field for name, field in stated.items() if name not in refused}
     proposed = {
         "input": configuration.get("default_input"),
         "output": configuration.get("default_output"),
@@ -52,7 +61,25 @@ def form_params(**defaults: Any) -> dict[str, Param]:
     sectioned = sorted(
         (name for name in properties if name not in OPEN_FIELDS), key=lambda n: SECTIONS.index(_section(n))
     )
-    return {name: _param(name, properties[name], proposed) for name in (*OPEN_FIELDS, *sectioned)}
+    fields = {name: _param(name, properties[name], proposed) for name in (*OPEN_FIELDS, *sectioned)}
+    return _library_params(defaults) | fields
+
+
+def _library_params(defaults: dict[str, Any]) -> dict[str, Param]:
+    """A choice of names for each part of the library that has any; the dataset stands open, the others in a section."""
+    params = {}
+    for field, option in library.FIELDS.items():
+        if names := library.names(field):
+            section = {} if field == "dataset" else {"section": _section(option)}
+            params[field] = Param(
+                defaults.get(field),
+                title=LIBRARY_TITLES[field],
+                description=f"A name of the library, in place of {option}. Empty: {option} as it is stated.",
+                type=["null", "string"],
+                enum=[None, *names],
+                **section,
+            )
+    return params
 
 
 def _param(name: str, field: dict[str, Any], proposed: dict[str, Any]) -> Param:

@@ -1,7 +1,8 @@
 """From what a DAG's author states and what a person types into the trigger form to one validated `JobSpec`.
 
-A DAG's author is trusted. The form is not: its paths must lie in the folders that the administrator allows, and
-nothing typed into it is ever rendered as an Airflow template.
+A DAG's author is trusted. The form is not: its paths must lie in the folders that the administrator allows, names of
+the library stand for what the administrator put there, and nothing typed into it is ever rendered as an Airflow
+template.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from blendserve.airflow import configuration
+from blendserve.airflow import configuration, library
+from blendserve.airflow.form import FREE_TEXT
 from blendserve.errors import UsageError
 from blendserve.spec import JobSpec, describe_validation_error
 
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
+# The password of user:password@host, and what follows token=, key=, secret=, sig= and the like in a URL.
+_SECRETS = re.compile(
+    r"://[^/@\s:]*:([^/@\s]+)@|[?&][^=&\s]*(?:token|key|secret|password|sig|signature)=([^&\s]+)", re.IGNORECASE
+)
 
 
 def job_spec(options: Mapping[str, Any], form: Mapping[str, Any], run_id: str) -> JobSpec:
@@ -27,7 +33,10 @@ def job_spec(options: Mapping[str, Any], form: Mapping[str, Any], run_id: str) -
     `{run_id}` in the output becomes the run's id; relative paths start at the data folder.
     Raises UsageError with a line for each wrong field, naming it.
     """
-    values = {**options, **_stated(form)}
+    _check_text(form)
+    stated = _stated(form)
+    from_library = _from_library(stated)
+    values = {**options, **stated, **from_library}
     try:
         spec = JobSpec.model_validate(values)
     except ValidationError as error:
@@ -39,9 +48,17 @@ def job_spec(options: Mapping[str, Any], form: Mapping[str, Any], run_id: str) -
     }
     spec = spec.model_copy(update=paths)
     for name in paths:
-        if name in form:
+        if name in form and name not in from_library:
             _check_allowed(name, getattr(spec, name))
     return spec
+
+
+def secrets_in(value: Any) -> list[str]:
+    """Passwords and tokens that the URLs in `value` (text, or lists and mappings of it) carry."""
+    if isinstance(value, str):
+        return [secret for match in _SECRETS.findall(value) for secret in match if secret]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return [secret for part in parts for secret in secrets_in(part)]
 
 
 def path_name(run_id: str) -> str:
@@ -53,6 +70,34 @@ def _stated(form: Mapping[str, Any]) -> dict[str, Any]:
     """The form without its empty text fields: emptied optional fields arrive as "" from some clients."""
     optional = {name for name, field in JobSpec.model_fields.items() if field.default is None}
     return {name: None if value == "" and name in optional else value for name, value in form.items()}
+
+
+def _check_text(form: Mapping[str, Any]) -> None:
+    for name, value in form.items():
+        if secrets_in(value):
+            raise UsageError(
+                f"Option '{name}' holds a password or token, which everybody would see who may read the run. Give it "
+                "to the workers instead: see storage_conn_id."
+            )
+    for name, option in FREE_TEXT.items():
+        if form.get(name) and not configuration.get_boolean(option):
+            raise UsageError(
+                f"Option '{name}': the trigger form may not state it as text here. Choose one of the library, or ask "
+                f"the administrator to turn [{configuration.SECTION}] {option} on."
+            )
+
+
+def _from_library(form: dict[str, Any]) -> dict[str, str]:
+    """Take the library's fields out of `form`; what their names stand for, by the option that they fill."""
+    found = {}
+    for field, option in library.FIELDS.items():
+        name = form.pop(field, None)
+        if not name:
+            continue
+        if option != "input" and form.get(option):
+            raise UsageError(f"Option '{field}': '{option}' is stated too; they exclude each other. Empty one of them.")
+        found[option] = library.resolve(field, str(name))
+    return found
 
 
 def _absolute(path: str) -> str:

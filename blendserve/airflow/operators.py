@@ -13,9 +13,10 @@ from typing import Any, TypedDict
 
 from airflow.sdk import Asset, BaseOperator, Context, conf
 from airflow.sdk.exceptions import AirflowFailException
+from airflow.sdk.log import mask_secret
 
 from blendserve.airflow import configuration
-from blendserve.airflow.job_options import job_spec
+from blendserve.airflow.job_options import job_spec, secrets_in
 from blendserve.errors import BlendServeError, ReconciliationError, UsageError
 from blendserve.spec import JobSpec
 
@@ -65,6 +66,12 @@ class JobOptionsOperator(BlendServeOperator):
         self.prompt_template = stated.pop("template", None)
         self.options = stated
         self.use_params = use_params
+
+    def render_template_fields(self, context: Context, jinja_env: Any = None) -> None:
+        """As usual; passwords in URLs are hidden from then on, in the rendered fields and in logs."""
+        super().render_template_fields(context, jinja_env)
+        for secret in secrets_in(self.options):
+            mask_secret(secret)
 
     def job_spec(self, context: Context) -> JobSpec:
         options = dict(self.options)

@@ -98,11 +98,21 @@ def test_emptied_optional_fields_are_not_stated(data_folder: Path) -> None:
 
 def test_every_wrong_field_is_named(data_folder: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        from_form(max_tokens=0, policy="best", sql="select 1", stop=[""])
-    assert all(f"'{name}'" in str(caught.value) for name in ("max_tokens", "policy", "sql"))
+        from_form(max_tokens=0, policy="best", select="*", stop=[""])
+    assert all(f"'{name}'" in str(caught.value) for name in ("max_tokens", "policy", "select"))
 
 
 @pytest.mark.parametrize("run_id", ["../../etc", "a/b", "..", "", "manual__2026-11-22T08:02:23+00:00"])
 def test_run_id_becomes_one_folder_name(run_id: str) -> None:
     name = path_name(run_id)
     assert name and "/" not in name and ":" not in name and not name.startswith(".")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["s3://me:hunter2@bucket/x", "https://host/x.parquet?sig=hunter2", "s3://b/x?X-Amz-Security-Token=hunter2&a=b"],
+)
+def test_passwords_do_not_belong_into_the_form(data_folder: Path, value: str) -> None:
+    with pytest.raises(UsageError, match="Option 'input' holds a password or token") as caught:
+        from_form(input=value)
+    assert "hunter2" not in str(caught.value)

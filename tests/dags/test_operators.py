@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from airflow.sdk._shared.secrets_masker import redact
 from airflow.sdk.exceptions import AirflowFailException
 
 from blendserve import job
+from blendserve.airflow.job_options import job_spec
 from blendserve.airflow.operators import GateOperator, PlannedShard, PreflightOperator, RunShardOperator
 from blendserve.errors import Interrupted, ReconciliationError
 
@@ -53,6 +58,11 @@ def test_preflight_returns_the_folder_and_leaves_a_mark_for_the_report_tab(
         ({"model": "no/such/model"}, "Model 'no/such/model'"),
         ({"template": "{{ nothing }}"}, "nothing"),
         ({"template": "{{ ''.__class__.__mro__ }}"}, "names no column"),
+        ({"template": "{% include '/etc/passwd' %}{{ prompt }}"}, "a template stands alone"),
+        ({"sql": "select * from read_csv('/etc/passwd')"}, "Option 'sql': the trigger form may not"),
+        ({"sql_file": "../../etc/passwd"}, "Option 'sql_file': .* is not in the library"),
+        ({"dataset": "../../etc/passwd"}, "Option 'dataset': .* is not in the library"),
+        ({"input": "s3://me:hunter2@bucket/x.parquet"}, "Option 'input' holds a password"),
     ],
 )
 def test_what_only_the_user_can_mend_ends_the_task_for_good(
@@ -67,6 +77,53 @@ def test_what_only_the_user_can_mend_ends_the_task_for_good(
     monkeypatch.setenv("AIRFLOW__BLENDSERVE__ALLOWED_PATHS", f"{workspace},{tiny_model}")
     with pytest.raises(AirflowFailException, match=reason):
         PreflightOperator(task_id="preflight", use_params=True).execute(context)
+
+
+def test_sql_of_the_form_runs_without_access_to_files(
+    context: dict[str, Any], workspace: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context["params"] |= {"model": str(tiny_model), "sql": "select * from read_csv('/etc/passwd')"}
+    monkeypatch.setenv("AIRFLOW__BLENDSERVE__ALLOWED_PATHS", f"{workspace},{tiny_model}")
+    monkeypatch.setenv("AIRFLOW__BLENDSERVE__ALLOW_FREE_SQL", "True")
+    with pytest.raises(AirflowFailException, match=r"Option 'sql': .* disabled by configuration"):
+        PreflightOperator(task_id="preflight", use_params=True).execute(context)
+
+
+def test_model_folder_with_pickled_weights_is_refused(
+    context: dict[str, Any], workspace: Path, tiny_model: Path
+) -> None:
+    shutil.copytree(tiny_model, workspace / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (workspace / "model" / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    context["params"]["model"] = "model"
+    with pytest.raises(AirflowFailException, match=r"only pytorch_model\.bin, which are pickles"):
+        PreflightOperator(task_id="preflight", use_params=True).execute(context)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ prompt.__class__.__mro__ }}",
+        "{{ prompt.format.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }} {{ prompt }}",
+    ],
+)
+def test_template_that_breaks_out_of_its_sandbox_fails_each_row(
+    context: dict[str, Any], workspace: Path, tiny_model: Path, template: str
+) -> None:
+    context["params"] |= {"model": str(tiny_model), "template": template, "input": f"{workspace}/requests.parquet"}
+    spec = job_spec({}, context["params"] | {"model": "smollm2"}, "run")
+    job.extract(spec.model_copy(update={"model": str(tiny_model)}))
+    errors = pq.read_table(workspace / "out/run/work/requests.parquet")["error"].to_pylist()
+    assert all(error and "the template fails on this row" in error for error in errors)
+
+
+def test_passwords_in_urls_are_hidden_in_rendered_fields(context: dict[str, Any]) -> None:
+    options = {"input": "s3://{{ params.user }}:hunter2@bucket/x", "output": "s3://bucket/out?token=hunter3"}
+    operator = PreflightOperator(task_id="preflight", options=options)
+    operator.render_template_fields(context | {"params": {"user": "me"}})
+    assert operator.options["input"] == "s3://me:hunter2@bucket/x"
+    shown = str(redact(operator.options))
+    assert "s3://me:***@bucket/x" in shown and "hunter" not in shown
 
 
 def test_killed_shard_asks_the_engine_to_stop(context: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
