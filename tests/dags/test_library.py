@@ -42,7 +42,7 @@ def test_names_stand_for_what_the_administrator_put_there(library: Path) -> None
 
 def test_form_offers_the_names(library: Path) -> None:
     params = form_params()
-    assert list(params)[0] == "dataset" and params["dataset"].schema["enum"] == [None, "items", "reviews"]
+    assert next(iter(params)) == "dataset" and params["dataset"].schema["enum"] == [None, "items", "reviews"]
     assert params["template_file"].schema["enum"] == [None, "sentiment"]
     assert params["sql_file"].schema["enum"] == [None, "recent"]
     assert {params[name].schema["section"] for name in ("template_file", "sql_file")} == {"Prompts"}
@@ -102,7 +102,7 @@ def test_sql_as_text_is_off_unless_the_administrator_turns_it_on(
     library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "sql" not in form_params()
-    with pytest.raises(UsageError, match="Option 'sql': the trigger form may not.*allow_free_sql"):
+    with pytest.raises(UsageError, match=r"Option 'sql': the trigger form may not.*allow_free_sql"):
         from_form(sql="select * from input")
     monkeypatch.setenv("AIRFLOW__BLENDSERVE__ALLOW_FREE_SQL", "True")
     assert form_params()["sql"].schema["format"] == "multiline"
