@@ -7,15 +7,11 @@ Every shape is first compared with its torch twin; a wrong result ends the run w
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
+import itertools
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import triton
 
 from benchmarks.kernels.measuring import (
     BLOCK_SIZE,
@@ -26,14 +22,14 @@ from benchmarks.kernels.measuring import (
     KV_HEADS,
     check_close,
     copy_bytes_per_second,
-    current_commit,
     gemm_flops_per_second,
     median_seconds,
     random_block_table,
 )
+from benchmarks.kernels.reports import Row, run_and_report
 from blendserve_kernels import reference
 from blendserve_kernels.decode_attention import decode_attention, plan_decode
-from blendserve_kernels.prefill_attention import prefill_attention
+from blendserve_kernels.prefill_attention import plan_prefill, prefill_attention
 from blendserve_kernels.shared_prefix_attention import plan_shared_prefix, shared_prefix_decode_attention
 
 if TYPE_CHECKING:
@@ -43,7 +39,6 @@ if TYPE_CHECKING:
 SCALE = HEAD_DIM**-0.5
 FEW_PROGRAMS = 48
 MAX_TOKENS = 512 * 16384
-Row = dict[str, Any]
 
 
 class KVPool:
@@ -65,20 +60,19 @@ class KVPool:
         return [random_block_table(num_requests, num_blocks, part * part_blocks) for part in range(count)]
 
 
-def _ragged_lens(num_requests: int, longest: int) -> torch.Tensor:
-    return torch.randint(1, longest + 1, (num_requests,), device="cuda", dtype=torch.int32)
-
-
 def bench_decode(
-    pool: KVPool, num_requests: int, context: int, copy_rate: float, num_programs: int | None, is_ragged: bool = False
+    pool: KVPool,
+    num_requests: int,
+    context: int,
+    copy_rate: float,
+    num_programs: int | None,
+    shortest: int | None = None,
 ) -> Row:
-    """Time decode attention; bytes are those of the keys and values within the contexts.
+    """Time decode attention; bytes are those of the keys and values within the contexts, which may be ragged.
 
     The plan is timed apart: a step makes one for all its layers.
     """
-    lens = torch.full((num_requests,), context, device="cuda", dtype=torch.int32)
-    if is_ragged:
-        lens = _ragged_lens(num_requests, context)
+    lens = torch.randint(shortest or context, context + 1, (num_requests,), device="cuda", dtype=torch.int32)
     q = torch.randn(num_requests, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
     tables = pool.parts(num_requests, context)
 
@@ -95,9 +89,9 @@ def bench_decode(
     seconds = median_seconds([partial(call, *layer) for layer in zip(tables, plans, strict=True)])
     rate = int(lens.sum()) * KV_BYTES_PER_TOKEN / seconds
     return {
-        "kernel": "decode" + (" ragged" if is_ragged else ""),
+        "kernel": "decode",
         "batch": num_requests,
-        "context": context,
+        "context": f"{shortest}-{context}" if shortest else context,
         "programs": num_programs or "all",
         "microseconds": seconds * 1e6,
         "plan_microseconds": median_seconds([partial(plan, table) for table in tables]) * 1e6,
@@ -119,9 +113,10 @@ def bench_prefill(pool: KVPool, num_requests: int, num_tokens: int, gemm_rate: f
     bounds = torch.arange(num_requests + 1, device="cuda", dtype=torch.int32) * num_tokens
     q = torch.randn(num_requests * num_tokens, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
     tables = pool.parts(num_requests, num_tokens)[:8]
+    plan = plan_prefill(pool.k_cache, bounds, lens, len(q), HEADS)
 
     def call(table: torch.Tensor) -> torch.Tensor:
-        return prefill_attention(q, pool.k_cache, pool.v_cache, table, bounds, lens, SCALE, num_tokens)
+        return prefill_attention(q, pool.k_cache, pool.v_cache, table, bounds, lens, SCALE, num_tokens, plan)
 
     blocks = tables[-1].to(torch.int64).flatten()
     k, v = (cache[blocks].float() for cache in (pool.k_cache, pool.v_cache))
@@ -137,6 +132,31 @@ def bench_prefill(pool: KVPool, num_requests: int, num_tokens: int, gemm_rate: f
         "microseconds": seconds * 1e6,
         "tflop_per_s": rate / 1e12,
         "share_of_gemm": rate / gemm_rate,
+    }
+
+
+def bench_invariant_decode(pool: KVPool, num_requests: int, context: int, copy_rate: float) -> Row:
+    """Time decode as chunks of one token through prefill attention, whose rows don't depend on the batch."""
+    lens = torch.full((num_requests,), context, device="cuda", dtype=torch.int32)
+    bounds = torch.arange(num_requests + 1, device="cuda", dtype=torch.int32)
+    q = torch.randn(num_requests, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
+    tables = pool.parts(num_requests, context)
+    plan = plan_prefill(pool.k_cache, bounds, lens, num_requests, HEADS)
+
+    def call(table: torch.Tensor) -> torch.Tensor:
+        return prefill_attention(q, pool.k_cache, pool.v_cache, table, bounds, lens, SCALE, 1, plan)
+
+    chosen = torch.randperm(num_requests, device="cuda")[:8]
+    expected = _decode_twin(pool, q[chosen], tables[-1][chosen], lens[chosen])
+    check_close(f"invariant decode {num_requests} x {context}", call(tables[-1])[chosen], expected)
+    seconds = median_seconds([partial(call, table) for table in tables])
+    rate = num_requests * context * KV_BYTES_PER_TOKEN / seconds
+    return {
+        "kernel": "batch-invariant decode",
+        "batch": num_requests,
+        "context": context,
+        "microseconds": seconds * 1e6,
+        "share_of_copy": rate / copy_rate,
     }
 
 
@@ -176,58 +196,28 @@ def bench_shared_prefix(pool: KVPool, num_requests: int, prefix: int, suffix: in
     }
 
 
-def run_all() -> dict[str, Any]:
+def run_all() -> Row:
     """Measure the ceilings and every shape of the report."""
-    torch.manual_seed(0)
     copy_rate = copy_bytes_per_second()
-    gemm_rates = {num_tokens: gemm_flops_per_second(num_tokens) for num_tokens in (2048, 8192)}
+    gemm_rates = {num_tokens: gemm_flops_per_second(num_tokens) for num_tokens in (2048, 4096, 8192)}
     pool = KVPool()
-    rows = [
-        bench_decode(pool, batch, context, copy_rate, num_programs)
-        for num_programs in (None, FEW_PROGRAMS)
-        for batch in (64, 256, 512)
-        for context in (512, 2048, 8192, 16384)
-    ]
-    rows += [bench_decode(pool, 256, 4096, copy_rate, programs, True) for programs in (None, FEW_PROGRAMS)]
+    rows = []
+    for num_programs in (None, FEW_PROGRAMS):
+        for batch, context in itertools.product((64, 256, 512), (512, 2048, 8192, 16384)):
+            rows.append(bench_decode(pool, batch, context, copy_rate, num_programs))
+        for batch, shortest, context in ((400, 700, 700), (1000, 100, 300), (1000, 1, 1000), (256, 1, 4096)):
+            rows.append(bench_decode(pool, batch, context, copy_rate, num_programs, shortest))
     rows += [bench_decode(pool, *shape, copy_rate, None) for shape in ((1, 131072), (16, 65536))]
-    rows += [
-        bench_prefill(pool, *shape, gemm_rates[shape[0] * shape[1]]) for shape in ((1, 2048), (4, 2048), (1, 8192))
-    ]
+    rows += [bench_invariant_decode(pool, *shape, copy_rate) for shape in ((64, 512), (256, 2048), (1000, 200))]
+    for shape in ((1, 2048), (4, 2048), (1, 4096), (1, 8192), (16, 512)):
+        rows.append(bench_prefill(pool, *shape, gemm_rates[shape[0] * shape[1]]))
     rows += [bench_shared_prefix(pool, 64, 4096, suffix) for suffix in (64, 128, 512)]
     return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": current_commit(),
-        "command": f"python {sys.argv[0]}",
         "copy_tb_per_s": copy_rate / 1e12,
         "gemm_tflop_per_s": {str(tokens): rate / 1e12 for tokens, rate in gemm_rates.items()},
         "rows": rows,
     }
 
 
-def print_table(report: dict[str, Any]) -> None:
-    """Print the report in as few lines as it has rows."""
-    print(f"{report['device']}, torch {report['torch']}, triton {report['triton']}, commit {report['commit'][:12]}")
-    print(f"copy {report['copy_tb_per_s']:.3f} TB/s; GEMM TFLOP/s {report['gemm_tflop_per_s']}")
-    for row in report["rows"]:
-        figures = [f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float)]
-        names = [str(value) for value in row.values() if not isinstance(value, float)]
-        print(f"{' '.join(names):32}", "  ".join(figures))
-
-
-def main() -> None:
-    """Run the benchmark; with --output also write the report as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, help="JSON file for the report")
-    parser.add_argument("--commit", help="the commit measured, where the tree has no git")
-    arguments = parser.parse_args()
-    report = run_all()
-    report["commit"] = arguments.commit or report["commit"]
-    print_table(report)
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run_and_report(__doc__, run_all)

@@ -58,6 +58,24 @@ def _part_of(index, total_tiles, num_parts):
 
 
 @gluon.jit
+def _tail_of(part_begin, part_end, list_length, list_ptr):
+    """Return where a part's last item begins, within the part."""
+    last = gl.maximum(part_end - 1, 0)
+    first_of_head = last // list_length * list_length
+    return gl.maximum(first_of_head + gl.load(list_ptr + (last - first_of_head) * 8 + 3), part_begin)
+
+
+@gluon.jit
+def _index_at(step, part_begin, part_end, tail):
+    """Return the tile of a step: a part begins with its last item, then takes the others in order.
+
+    The items that other parts share are thus done first, and their merging hides behind the rest.
+    """
+    index = tail + step
+    return gl.where(index >= part_end, index - (part_end - part_begin), index)
+
+
+@gluon.jit
 def _copy_tile(
     stream: gl.constexpr,
     step,
@@ -153,16 +171,18 @@ def _copy_parts(
     end_1 = _part_begin(gl.minimum(part + 2, num_parts), total_tiles, num_parts)
     num_heads = num_kv_heads * GROUP_SIZE
     num_steps = begin_1 - begin_0  # the first of the two is never the shorter one
-    last_index = total_tiles - 1
-    words_0 = list_ptr + gl.minimum(begin_0, last_index) % list_length * 8
-    words_1 = list_ptr + gl.minimum(begin_1, last_index) % list_length * 8
+    tail_0 = _tail_of(begin_0, begin_1, list_length, list_ptr)
+    tail_1 = _tail_of(begin_1, end_1, list_length, list_ptr)
+    index_0, index_1 = tail_0, gl.minimum(tail_1, total_tiles - 1)
+    words_0 = list_ptr + index_0 % list_length * 8
+    words_1 = list_ptr + index_1 % list_length * 8
     place_0, row_0, flags_0 = gl.load(words_0), gl.load(words_0 + 1), gl.load(words_0 + 2)
     place_1, row_1, flags_1 = gl.load(words_1), gl.load(words_1 + 1), gl.load(words_1 + 2)
     for step in range(num_steps):
-        index_0 = begin_0 + step
-        index_1 = begin_1 + step
-        words_0 = list_ptr + gl.minimum(index_0 + 1, last_index) % list_length * 8
-        words_1 = list_ptr + gl.minimum(index_1 + 1, last_index) % list_length * 8
+        next_index_0 = _index_at(step + 1, begin_0, begin_1, tail_0)
+        next_index_1 = gl.minimum(_index_at(step + 1, begin_1, end_1, tail_1), total_tiles - 1)
+        words_0 = list_ptr + next_index_0 % list_length * 8
+        words_1 = list_ptr + next_index_1 % list_length * 8
         next_place_0, next_row_0, next_flags_0 = gl.load(words_0), gl.load(words_0 + 1), gl.load(words_0 + 2)
         next_place_1, next_row_1, next_flags_1 = gl.load(words_1), gl.load(words_1 + 1), gl.load(words_1 + 2)
         _copy_tile(
@@ -191,7 +211,7 @@ def _copy_parts(
             COLUMNS,
             STAGES,
         )
-        if index_1 < end_1:
+        if step < end_1 - begin_1:
             _copy_tile(
                 1,
                 step,
@@ -218,6 +238,7 @@ def _copy_parts(
                 COLUMNS,
                 STAGES,
             )
+        index_0, index_1 = next_index_0, next_index_1
         place_0, row_0, flags_0 = next_place_0, next_row_0, next_flags_0
         place_1, row_1, flags_1 = next_place_1, next_row_1, next_flags_1
 
@@ -368,14 +389,16 @@ def _attend_to_part(
         V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
         v_key = gl.arange(0, TILE, gl.SliceLayout(1, V_LAYOUT))
         weights_own = weights_buffer.index(stream)
-        flags = gl.load(list_ptr + part_begin % list_length * 8 + 2)
-        for index in range(part_begin, part_end):
-            step = index - part_begin
+        tail = _tail_of(part_begin, part_end, list_length, list_ptr)
+        index = tail
+        flags = gl.load(list_ptr + index % list_length * 8 + 2)
+        for step in range(part_end - part_begin):
             slot = stream * STAGES + step % STAGES
             phase = step // STAGES & 1
-            next_flags = gl.load(list_ptr + gl.minimum(index + 1, part_end - 1) % list_length * 8 + 2)
+            next_index = _index_at(step + 1, part_begin, part_end, tail)
+            next_flags = gl.load(list_ptr + next_index % list_length * 8 + 2)
             num_valid = flags & (_FLAG_FIRST - 1)
-            is_first = (flags & _FLAG_FIRST) != 0
+            is_first = ((flags & _FLAG_FIRST) != 0) | (index == part_begin)
             mbarrier.wait(k_full.index(slot), phase)
             scores = warpgroup_mma(
                 k_tiles.index(slot),
@@ -433,64 +456,47 @@ def _attend_to_part(
                         ROWS,
                     )
                 else:
+                    # Other parts share the item: leave its state, and merge all of them if theirs are there already.
                     state_slot = part * 2 + (item_begin >= part_begin).to(gl.int32)
                     _store_state(out, out_max, out_sum, state_slot, state_ptr, extrema_ptr, HEAD_DIM, COLUMNS, ROWS)
-            flags = next_flags
-
-        # 3. Items that other parts share: number 0 begun before this part, number 1 ending behind it.
-        head_kv_head = part_begin // list_length
-        head_words = list_ptr + (part_begin - head_kv_head * list_length) * 8
-        head_begin = head_kv_head * list_length + gl.load(head_words + 3)
-        tail_kv_head = (part_end - 1) // list_length
-        tail_words = list_ptr + (part_end - 1 - tail_kv_head * list_length) * 8
-        tail_begin = tail_kv_head * list_length + gl.load(tail_words + 3)
-        is_tail_cut = tail_begin + gl.load(tail_words + 4) > part_end
-        is_head_cut = (head_begin < part_begin) & ((is_tail_cut == 0) | (head_begin != tail_begin))
-        _barrier()  # all threads' states are written before they are announced
-        for number in gl.static_range(2):
-            is_cut = is_head_cut if number == 0 else is_tail_cut
-            if is_cut:
-                words = head_words if number == 0 else tail_words
-                kv_head = head_kv_head if number == 0 else tail_kv_head
-                item_begin = head_begin if number == 0 else tail_begin
-                item_end = item_begin + gl.load(words + 4)
-                first_part = _part_of(item_begin, total_tiles, num_parts)
-                last_part = _part_of(item_end - 1, total_tiles, num_parts)
-                num_arrived = gl.atomic_add(counters_ptr + first_part, 1, sem="acq_rel", scope="gpu")
-                _barrier()
-                if num_arrived == last_part - first_part:
-                    gl.store(counters_ptr + first_part, 0)  # ready for the next launch
-                    flags = gl.load(words + 2)
-                    merged, merged_max, merged_sum = _merge_states(
-                        item_begin,
-                        first_part,
-                        last_part,
-                        total_tiles,
-                        num_parts,
-                        state_ptr,
-                        extrema_ptr,
-                        HEAD_DIM,
-                        COLUMNS,
-                        ROWS,
-                    )
-                    _store_result(
-                        merged,
-                        merged_max,
-                        merged_sum,
-                        gl.load(words + 1),
-                        flags >> _SHIFT_ROWS,
-                        kv_head,
-                        num_heads,
-                        (flags & _FLAG_PREFIX) != 0,
-                        out_ptr,
-                        prefix_out_ptr,
-                        prefix_lse_ptr,
-                        IS_SUFFIX,
-                        GROUP_SIZE,
-                        HEAD_DIM,
-                        COLUMNS,
-                        ROWS,
-                    )
+                    first_part = _part_of(item_begin, total_tiles, num_parts)
+                    last_part = _part_of(item_begin + gl.load(words + 4) - 1, total_tiles, num_parts)
+                    _barrier()  # all threads' states are written before they are announced
+                    num_arrived = gl.atomic_add(counters_ptr + first_part, 1, sem="acq_rel", scope="gpu")
+                    _barrier()
+                    if num_arrived == last_part - first_part:
+                        gl.store(counters_ptr + first_part, 0)  # ready for the next launch
+                        merged, merged_max, merged_sum = _merge_states(
+                            item_begin,
+                            first_part,
+                            last_part,
+                            total_tiles,
+                            num_parts,
+                            state_ptr,
+                            extrema_ptr,
+                            HEAD_DIM,
+                            COLUMNS,
+                            ROWS,
+                        )
+                        _store_result(
+                            merged,
+                            merged_max,
+                            merged_sum,
+                            first_row,
+                            flags >> _SHIFT_ROWS,
+                            kv_head,
+                            num_heads,
+                            (flags & _FLAG_PREFIX) != 0,
+                            out_ptr,
+                            prefix_out_ptr,
+                            prefix_lse_ptr,
+                            IS_SUFFIX,
+                            GROUP_SIZE,
+                            HEAD_DIM,
+                            COLUMNS,
+                            ROWS,
+                        )
+            index, flags = next_index, next_flags
 
 
 @gluon.jit

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from blendserve_kernels.triton_kernels.decode_attention import device_limits, is_hopper
+from blendserve_kernels.triton_kernels.decode_attention import device_limits
+from blendserve_kernels.triton_kernels.linear import fits_hopper_kernel
 
 _MAX_BLOCK_COLUMNS = 2048
 MIN_FUSED_TOKENS = 512  # below, cuBLAS has better tiles
@@ -42,22 +43,11 @@ def silu_and_multiply_chunks_triton(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def fits_fused_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether `gluon_kernels.linear` runs on this GPU with these sizes."""
-    return (
-        is_hopper(x.device)
-        and x.element_size() == 2
-        and weight.shape[0] % 256 == 0
-        and x.shape[1] % 64 == 0
-        and x.stride(0) % 8 == 0
-    )
-
-
 def linear_silu_and_multiply_triton(
     x: torch.Tensor, weight: torch.Tensor, num_programs: int | None = None
 ) -> torch.Tensor:
     """Launch `linear_silu_and_multiply.linear_silu_and_multiply`; arguments as there, unchecked. No host sync."""
-    if x.shape[0] < MIN_FUSED_TOKENS or not fits_fused_kernel(x, weight):
+    if x.shape[0] < MIN_FUSED_TOKENS or not fits_hopper_kernel(x, weight):
         return silu_and_multiply_chunks_triton(torch.nn.functional.linear(x, weight))
     from blendserve_kernels.gluon_kernels import linear
 

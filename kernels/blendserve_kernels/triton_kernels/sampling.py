@@ -1,7 +1,8 @@
 """Triton sampling: one program per row of logits, thresholds by bisection instead of a sort, no host sync.
 
-Top-k and top-p keep what is not less than some logit. That logit is found by bisection over the 32 bits of a float,
-each step one pass over the row, which lies in the L2 cache; rows that want neither skip it.
+Top-k and top-p keep what is not less than some logit, found by bisection over the 32 bits of a float. Mostly that logit
+is among a few thousand of the largest: two passes over the row find a cut and gather what lies above it, and all else
+happens in registers. Where they don't reach (a flat distribution, a large k), each step is a pass over the row.
 """
 
 # Kernel parameters are typed by Triton, constexprs are capitals by its custom.
@@ -15,6 +16,9 @@ import triton
 import triton.language as tl
 
 _BLOCK = 4096
+_MAX_CANDIDATES = 4096
+# How far below the largest logit the cuts lie, beyond which no candidates are gathered.
+_CUTS = tl.constexpr((2.5, 5.0, 10.0, 20.0))
 _KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
 
 
@@ -117,6 +121,93 @@ def _greedy_kernel(logits_ptr, out_ptr, is_finite_ptr, row_stride, vocab_size, B
 
 
 @triton.jit
+def _gather_candidates(
+    row_ptr,
+    temperature,
+    largest,
+    vocab_size,
+    logits_ptr,
+    tokens_ptr,
+    BLOCK: tl.constexpr,
+    MAX_CANDIDATES: tl.constexpr,
+):
+    """Write the logits above the lowest cut that has room for them, and their tokens, in vocabulary order.
+
+    Return (how many there are, weight exp(logit - largest) of the whole row in float64).
+    """
+    counts_0 = tl.zeros([BLOCK], dtype=tl.int32)
+    counts_1 = tl.zeros([BLOCK], dtype=tl.int32)
+    counts_2 = tl.zeros([BLOCK], dtype=tl.int32)
+    counts_3 = tl.zeros([BLOCK], dtype=tl.int32)
+    weights = tl.zeros([BLOCK], dtype=tl.float64)
+    for begin in tl.range(0, vocab_size, BLOCK):
+        token, scaled = _scaled_block(row_ptr, begin, temperature, vocab_size, BLOCK)
+        distance = largest - scaled
+        counts_0 += tl.where(distance <= _CUTS[0], 1, 0)
+        counts_1 += tl.where(distance <= _CUTS[1], 1, 0)
+        counts_2 += tl.where(distance <= _CUTS[2], 1, 0)
+        counts_3 += tl.where(distance <= _CUTS[3], 1, 0)
+        weights += tl.where(token < vocab_size, tl.exp(scaled - largest), 0.0).to(tl.float64)
+    cut = -1.0  # no room above any cut: no candidates
+    cut = tl.where(tl.sum(counts_0) <= MAX_CANDIDATES, _CUTS[0], cut)
+    cut = tl.where(tl.sum(counts_1) <= MAX_CANDIDATES, _CUTS[1], cut)
+    cut = tl.where(tl.sum(counts_2) <= MAX_CANDIDATES, _CUTS[2], cut)
+    cut = tl.where(tl.sum(counts_3) <= MAX_CANDIDATES, _CUTS[3], cut)
+    num_candidates = 0
+    for begin in tl.range(0, vocab_size, BLOCK):
+        token, scaled = _scaled_block(row_ptr, begin, temperature, vocab_size, BLOCK)
+        is_candidate = (largest - scaled) <= cut
+        num_here = tl.sum(is_candidate.to(tl.int32))
+        if num_here > 0:
+            place = num_candidates + tl.cumsum(is_candidate.to(tl.int32)) - 1
+            tl.store(logits_ptr + place, scaled, mask=is_candidate)
+            tl.store(tokens_ptr + place, token, mask=is_candidate)
+        num_candidates += num_here
+    tl.debug_barrier()  # the program reads them back
+    return num_candidates, tl.sum(weights)
+
+
+@triton.jit
+def _bisect_candidates(keys, masses, low, high, target):
+    """Return the largest key from low to high at or above which lies a mass of `target`, as `_bisect` does."""
+    low = low.to(tl.int64)
+    high = high.to(tl.int64)
+    while low < high:
+        middle = (low + high + 1) >> 1
+        is_enough = tl.sum(tl.where(keys >= middle, masses, 0.0)) >= target
+        low = tl.where(is_enough, middle, low)
+        high = tl.where(is_enough, high, middle - 1)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _sample_among_candidates(logits, tokens, is_real, largest, total, has_k, top_k, top_p, min_p, uniform, vocab_size):
+    """Return (token, whether the candidates reach as far as top-k and top-p do) for a row that wants one of them."""
+    keys = tl.where(is_real, _key(logits), _KEY_OF_MINUS_INFINITY)
+    weights = tl.where(is_real, tl.exp(logits - largest), 0.0).to(tl.float64)
+    lowest = tl.min(tl.where(is_real, keys, _key(largest)))
+    highest = _key(largest)
+    key = lowest
+    num_real = tl.sum(is_real.to(tl.int32))
+    is_enough = num_real > 0
+    if has_k:
+        is_enough = num_real >= top_k
+        key = _bisect_candidates(keys, is_real.to(tl.float64), key, highest, top_k.to(tl.float64))
+        total = tl.sum(tl.where(keys >= key, weights, 0.0))
+    if top_p < 1.0:
+        target = top_p.to(tl.float64) * total
+        is_enough = is_enough & (tl.sum(weights) >= target)
+        key = _bisect_candidates(keys, weights, key, highest, target)
+    if min_p > 0.0:
+        key = tl.maximum(key, _key(largest + tl.log(min_p)))
+    is_kept = is_real & (keys >= key)
+    weights = tl.where(is_kept, weights, 0.0)
+    target = uniform.to(tl.float64) * tl.sum(weights)
+    drawn = tl.min(tl.where(is_kept & (tl.cumsum(weights) > target), tokens, vocab_size))
+    return tl.minimum(drawn, tl.max(tl.where(is_kept, tokens, 0))), is_enough
+
+
+@triton.jit
 def _sample_kernel(
     logits_ptr,
     temperature_ptr,
@@ -127,9 +218,12 @@ def _sample_kernel(
     positions_ptr,
     out_ptr,
     is_finite_ptr,
+    candidate_logits_ptr,
+    candidate_tokens_ptr,
     row_stride,
     vocab_size,
     BLOCK: tl.constexpr,
+    MAX_CANDIDATES: tl.constexpr,
 ):
     # 1. The largest logit and where it stands first.
     row = tl.program_id(0)
@@ -146,19 +240,52 @@ def _sample_kernel(
     # 2. The smallest logit that is kept.
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
-    key = tl.full([], _KEY_OF_MINUS_INFINITY, dtype=tl.int32)
-    if (top_k > 0) & (top_k < vocab_size):
-        key = _bisect(row_ptr, temperature, largest, key, top_k.to(tl.float64), vocab_size, True, BLOCK)
-    if top_p < 1.0:
-        total = _kept_mass(row_ptr, temperature, largest, key, vocab_size, False, BLOCK)
-        target = top_p.to(tl.float64) * total
-        key = _bisect(row_ptr, temperature, largest, key, target, vocab_size, False, BLOCK)
     min_p = tl.load(min_p_ptr + row)
+    has_k = (top_k > 0) & (top_k < vocab_size)
+    uniform = _uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
+    key = tl.full([], _KEY_OF_MINUS_INFINITY, dtype=tl.int32)
+    if has_k | (top_p < 1.0):
+        number = tl.arange(0, MAX_CANDIDATES)
+        logits_ptrs = candidate_logits_ptr + row.to(tl.int64) * MAX_CANDIDATES + number
+        tokens_ptrs = candidate_tokens_ptr + row.to(tl.int64) * MAX_CANDIDATES + number
+        num_candidates, total = _gather_candidates(
+            row_ptr,
+            temperature,
+            largest,
+            vocab_size,
+            candidate_logits_ptr + row.to(tl.int64) * MAX_CANDIDATES,
+            candidate_tokens_ptr + row.to(tl.int64) * MAX_CANDIDATES,
+            BLOCK,
+            MAX_CANDIDATES,
+        )
+        is_real = number < num_candidates
+        token, is_enough = _sample_among_candidates(
+            tl.load(logits_ptrs, mask=is_real, other=float("-inf")),
+            tl.load(tokens_ptrs, mask=is_real, other=0),
+            is_real,
+            largest,
+            total,
+            has_k,
+            top_k,
+            top_p,
+            min_p,
+            uniform,
+            vocab_size,
+        )
+        if is_enough:
+            tl.store(out_ptr + row, token)
+            return
+        if has_k:
+            key = _bisect(row_ptr, temperature, largest, key, top_k.to(tl.float64), vocab_size, True, BLOCK)
+        if top_p < 1.0:
+            if has_k:
+                total = _kept_mass(row_ptr, temperature, largest, key, vocab_size, False, BLOCK)
+            target = top_p.to(tl.float64) * total
+            key = _bisect(row_ptr, temperature, largest, key, target, vocab_size, False, BLOCK)
     if min_p > 0.0:
         key = tl.maximum(key, _key(largest + tl.log(min_p)))
 
     # 3. The first kept token, in vocabulary order, at which the running sum passes the uniform number.
-    uniform = _uniform(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
     target = uniform.to(tl.float64) * _kept_mass(row_ptr, temperature, largest, key, vocab_size, False, BLOCK)
     before = target * 0.0
     drawn = vocab_size
@@ -217,8 +344,11 @@ def sample_triton(
         positions,
         out,
         is_finite,
+        torch.empty(num_rows, _MAX_CANDIDATES, dtype=torch.float32, device=logits.device),
+        torch.empty(num_rows, _MAX_CANDIDATES, dtype=torch.int32, device=logits.device),
         logits.stride(0),
         vocab_size,
+        MAX_CANDIDATES=_MAX_CANDIDATES,
         **_launch_shape(vocab_size),
     )
     return out, is_finite

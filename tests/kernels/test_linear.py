@@ -1,0 +1,43 @@
+"""The product against torch's in float64, and each row's independence from the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blendserve_kernels.linear import linear
+from blendserve_kernels.triton_kernels.linear import linear_triton
+from tests.kernels.paged_requests import HALF_DTYPES
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+@pytest.mark.parametrize(("num_tokens", "num_in", "num_out"), [(1, 40, 33), (130, 72, 200), (300, 128, 512)])
+def test_linear(num_tokens: int, num_in: int, num_out: int, dtype: torch.dtype, device: torch.device) -> None:
+    x = torch.randn(num_tokens, num_in + 8, device=device).to(dtype)[:, 8:]  # rows apart
+    weight = (torch.randn(num_out, num_in, device=device) / num_in**0.5).to(dtype)
+    bias = torch.randn(num_out, device=device).to(dtype)
+    expected = x.double() @ weight.double().t()
+    for run in (linear, linear_triton):
+        for given in (None, bias):
+            out = run(x, weight, given)
+            assert out.dtype == dtype
+            whole = expected if given is None else expected + given.double()
+            torch.testing.assert_close(out.double(), whole, atol=TOLERANCE[dtype], rtol=1e-2)
+
+
+@pytest.mark.parametrize("num_out", [200, 256])
+def test_rows_of_linear_do_not_depend_on_the_batch(num_out: int, device: torch.device) -> None:
+    x = torch.randn(150, 192, device=device).half()
+    weight = torch.randn(num_out, 192, device=device).half()
+    whole = linear_triton(x, weight, None)
+    for rows in (slice(0, 1), slice(149, 150), slice(3, 140)):
+        assert torch.equal(linear_triton(x[rows].contiguous(), weight, None), whole[rows])
+
+
+def test_linear_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"Invalid shape of weight: expected \[8, 4\], got \[8, 5\]"):
+        linear(torch.zeros(2, 4), torch.zeros(8, 5))
+    with pytest.raises(ValueError, match=r"Invalid shape of bias: expected \[8\], got \[4\]"):
+        linear(torch.zeros(2, 4), torch.zeros(8, 4), torch.zeros(4))
