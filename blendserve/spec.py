@@ -55,14 +55,21 @@ class EngineSpec(_Spec):
     load_format: Literal["auto", "dummy"] = Field(
         "auto", title="Weights", description="dummy: random weights from the model's config, for benchmarks."
     )
-    block_size: int = Field(16, ge=1, le=256, title="Block size", description="Tokens in a KV cache block.")
+    block_size: int | None = Field(
+        None, ge=1, le=256, title="Block size", description="Tokens in a KV cache block. Empty: 16, on a GPU 128."
+    )
     num_blocks: int | None = Field(None, ge=2, title="KV cache blocks", description="Empty: as many as memory allows.")
-    max_num_seqs: int = Field(64, ge=1, title="Max running requests", description="Requests that run at one time.")
-    max_num_batched_tokens: int = Field(
-        512,
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        title="Max running requests",
+        description="Requests that run at one time. Empty: 64, on a GPU 1024.",
+    )
+    max_num_batched_tokens: int | None = Field(
+        None,
         ge=1,
         title="Max tokens a step",
-        description="Token budget of a step; longer prompts are prefilled in chunks.",
+        description="Token budget of a step; longer prompts are prefilled in chunks. Empty: 512, on a GPU 8192.",
     )
     max_model_len: int | None = Field(
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -30,6 +31,25 @@ def resolve_dtype(engine: EngineSpec, device: torch.device) -> torch.dtype:
     if engine.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[engine.dtype]
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """The sizes that a spec leaves to the device."""
+
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+def resolve_limits(engine: EngineSpec, device: torch.device) -> EngineLimits:
+    """What `engine` states, else what suits the device: a GPU is filled by a thousand requests in large blocks."""
+    block_size, num_seqs, num_tokens = (128, 1024, 8192) if device.type == "cuda" else (16, 64, 512)
+    return EngineLimits(
+        block_size=engine.block_size or block_size,
+        max_num_seqs=engine.max_num_seqs or num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens or num_tokens,
+    )
 
 
 def describe_device(device: torch.device) -> str:

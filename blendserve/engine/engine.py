@@ -19,6 +19,7 @@ from blendserve.engine.device import (
     free_memory_bytes,
     resolve_device,
     resolve_dtype,
+    resolve_limits,
 )
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.memory_profile import profile_activation_bytes
@@ -54,9 +55,10 @@ class LLMEngine:
         sampling: SamplingSpec,
         *,
         max_useful_tokens: int | None = None,
+        max_requests: int = 0,
         max_in_flight: int | None = None,
     ) -> None:
-        """max_useful_tokens: KV cache that the work can fill at most, so that no more memory is taken.
+        """max_useful_tokens, max_requests: all that will run at most, so that no more memory is taken than it can fill.
 
         max_in_flight: steps that may be launched before the first one's tokens are back, 1 or 2. A GPU gets 2, so that
         it never waits for the host; on a CPU there is nothing to hide.
@@ -69,6 +71,7 @@ class LLMEngine:
         self.device_name = describe_device(device)
         self.max_model_len = min(spec.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
         self._spec = spec
+        self._limits = limits = resolve_limits(spec, device)
         self._detokenizer = Detokenizer(model_folder, sampling.stop)
         self._eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
         is_dummy = spec.load_format == "dummy"
@@ -76,17 +79,17 @@ class LLMEngine:
             dummy_weights(config, dtype, device) if is_dummy else load_weights(model_folder, config, dtype, device)
         )
         model = LlamaModel(config, weights, self.max_model_len)
-        bytes_per_block = block_bytes(config, spec.block_size, dtype)
-        num_blocks = spec.num_blocks or self._size_cache(model, bytes_per_block, max_useful_tokens)
-        self._kv_bytes_per_token = bytes_per_block // spec.block_size
-        self._kv_cache = KVCache(num_blocks, spec.block_size, spec.prefix_cache)
+        bytes_per_block = block_bytes(config, limits.block_size, dtype)
+        num_blocks = spec.num_blocks or self._size_cache(model, bytes_per_block, max_useful_tokens, max_requests)
+        self._kv_bytes_per_token = bytes_per_block // limits.block_size
+        self._kv_cache = KVCache(num_blocks, limits.block_size, spec.prefix_cache)
         self._runner = ModelRunner(
             model,
             Sampler(sampling, device),
             num_blocks=num_blocks,
-            block_size=spec.block_size,
-            max_num_seqs=spec.max_num_seqs,
-            max_num_batched_tokens=spec.max_num_batched_tokens,
+            block_size=limits.block_size,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
         self._max_in_flight = max_in_flight or (2 if device.type == "cuda" else 1)
@@ -119,8 +122,8 @@ class LLMEngine:
         self._scheduler = Scheduler(
             source,
             self._kv_cache,
-            max_num_seqs=self._spec.max_num_seqs,
-            max_num_batched_tokens=self._spec.max_num_batched_tokens,
+            max_num_seqs=self._limits.max_num_seqs,
+            max_num_batched_tokens=self._limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
         self._num_steps, self._ended = 0, time.perf_counter()
@@ -220,18 +223,21 @@ class LLMEngine:
             "kv_read_bytes": int((batch.decode_positions + 1).sum()) * self._kv_bytes_per_token,
         }
 
-    def _size_cache(self, model: LlamaModel, bytes_per_block: int, max_useful_tokens: int | None) -> int:
-        spec = self._spec
-        num_tokens = min(spec.max_num_batched_tokens, self.max_model_len)
+    def _size_cache(
+        self, model: LlamaModel, bytes_per_block: int, max_useful_tokens: int | None, max_requests: int
+    ) -> int:
+        limits = self._limits
+        num_tokens = min(limits.max_num_batched_tokens, self.max_model_len)
         activation_bytes = profile_activation_bytes(
             model,
             num_tokens=num_tokens,
-            num_sampled=min(spec.max_num_seqs, num_tokens),
-            block_size=spec.block_size,
+            num_sampled=min(limits.max_num_seqs, num_tokens),
+            block_size=limits.block_size,
         )
         available = free_memory_bytes(model.device, activation_bytes)
-        useful = self.max_model_len * spec.max_num_seqs if max_useful_tokens is None else max_useful_tokens
-        return count_blocks(available, bytes_per_block, max(-(-useful // spec.block_size), 2))
+        useful = self.max_model_len * limits.max_num_seqs if max_useful_tokens is None else max_useful_tokens
+        useful_blocks = -(-useful // limits.block_size) + max_requests  # each rounds its last block up
+        return count_blocks(available, bytes_per_block, max(useful_blocks, 2))
 
 
 def _completion(request: Request, reason: FinishReason, text: str) -> Completion:

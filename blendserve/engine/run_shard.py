@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import torch
 
 import blendserve
+from blendserve.engine.batch_density import BatchDensity
 from blendserve.engine.device import describe_device, resolve_device
 from blendserve.engine.engine import LLMEngine
 from blendserve.engine.request import Completion, FinishReason
@@ -40,7 +41,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a shard is. `done`: requests, those of earlier attempts too; tokens: prompt and output."""
+    """How far a shard is. `done`: requests, those of earlier attempts too; tokens: prompt and output.
+
+    `density`: compute seconds over memory seconds of the requests that run, by the plan; None while none does.
+    """
 
     shard: int
     done: int
@@ -48,6 +52,7 @@ class Progress:
     num_running: int
     tokens_per_second: float
     seconds: float
+    density: float | None
 
 
 def run_shard(
@@ -114,6 +119,7 @@ class _ShardRun:
         self._num_resumed = self._num_requests - self._reader.num_requests
         self._num_done = self._num_resumed
         self._num_tokens = 0
+        self._density = BatchDensity(self._reader)
         self._reported_at = 0.0
         self._last_step: StepMetrics | None = None
 
@@ -136,13 +142,12 @@ class _ShardRun:
 
     def _run_engine(self, should_stop: Callable[[], bool]) -> None:
         plan, writer = self._plan, CompletionWriter(self._folder)
-        # Each request rounds its last block up.
-        rounding = self._reader.num_requests * plan.engine.block_size
         engine = LLMEngine(
             Path(plan.model),
             plan.engine,
             plan.sampling,
-            max_useful_tokens=self._shard_plan.num_prompt_tokens + self._reader.max_completion_tokens + rounding,
+            max_useful_tokens=self._shard_plan.num_prompt_tokens + self._reader.max_completion_tokens,
+            max_requests=self._reader.num_requests,
         )
 
         def on_step(metrics: StepMetrics) -> None:
@@ -154,6 +159,7 @@ class _ShardRun:
         def on_finished(completion: Completion) -> None:
             writer.add(completion)
             self._num_done += 1
+            self._density.finish(completion.row_index)
             if self._num_done == self._num_requests and self._last_step is not None:
                 self._report(self._last_step)
 
@@ -181,6 +187,7 @@ class _ShardRun:
                 num_running=metrics.num_running,
                 tokens_per_second=round(self._num_tokens / seconds, 1) if seconds > 0 else 0.0,
                 seconds=round(seconds, 3),
+                density=self._density.value(),
             )
         )
 

@@ -123,6 +123,13 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert device.resolve_dtype(EngineSpec(dtype="float16"), torch.device("cpu")) is torch.float16
 
 
+def test_sizes_that_are_left_open_suit_the_device() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert device.resolve_limits(EngineSpec(), cpu) == device.EngineLimits(16, 64, 512)
+    assert device.resolve_limits(EngineSpec(), cuda) == device.EngineLimits(128, 1024, 8192)
+    assert device.resolve_limits(EngineSpec(block_size=32, max_num_seqs=2), cuda) == device.EngineLimits(32, 2, 8192)
+
+
 def test_a_container_limit_bounds_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     limit = tmp_path / "memory.max"
