@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -14,20 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from blendserve.errors import BlendServeError, Interrupted, InUseError, PlanError
+from blendserve.errors import EngineOutOfMemoryError, EngineProcessError, Interrupted, InUseError, PlanError
 from blendserve.manifest import PlanManifest, ShardManifest, read_manifest
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 20.0
 _KEPT_LINES = 30
+_MEMORY_MARKS = ("OutOfMemoryError", "MemoryError", "out of memory", "can't allocate memory")
 
 log = logging.getLogger(__name__)
 
 Progress = dict[str, Any]
-
-
-class EngineProcessError(BlendServeError):
-    """The engine's process ended without finishing its shard; the text holds the last lines that it wrote."""
 
 
 def find_plan(folder: Path) -> Path:
@@ -51,7 +49,7 @@ def run_shard_process(
     it says yes, or when this thread is interrupted, the engine writes out what is finished and ends.
 
     Raises Interrupted when stopped, InUseError when another process has the shard, PlanError for an unknown shard or
-    bad plan, EngineProcessError otherwise.
+    bad plan, EngineOutOfMemoryError or else EngineProcessError.
     """
     plan = read_manifest(plan_folder / "plan.json", PlanManifest)
     # The engine ends with us, however we end: the pipe to its stdin closes.
@@ -75,6 +73,12 @@ def run_shard_process(
         raise InUseError(lines[-1])
     if status == PlanError.exit_status:
         raise PlanError(f"Shard {shard} can't run: {detail}")
+    if status == -signal.SIGKILL or any(mark in detail for mark in _MEMORY_MARKS):
+        raise EngineOutOfMemoryError(
+            f"Shard {shard} of {plan_folder} ran out of memory, or was killed (status {status}). Finished rows are "
+            "kept; run again to go on, with fewer KV cache blocks or running requests if it comes again. "
+            f"Its last lines:\n{detail}"
+        )
     raise EngineProcessError(
         f"Shard {shard} of {plan_folder} ended with status {status}. Finished rows are kept; run again to go on. "
         f"Its last lines:\n{detail}"

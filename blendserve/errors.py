@@ -48,6 +48,14 @@ class PlanError(BlendServeError):
     exit_status = 2
 
 
+class EngineProcessError(BlendServeError):
+    """The engine's process ended without finishing its shard; the text holds the last lines that it wrote."""
+
+
+class EngineOutOfMemoryError(EngineProcessError):
+    """The engine's process ended because memory, the GPU's or the machine's, ran out."""
+
+
 class ReconciliationError(BlendServeError):
     """Rows went missing or came out twice: the counts of a job don't add up. Nothing is published."""
 

@@ -91,7 +91,7 @@ def _progress_table(shards: list[dict[str, Any]]) -> str:
     rows = "".join(_progress_row(shard) for shard in shards)
     return (
         "<h1>Running</h1><table><tr><th>Shard</th><th>Requests done</th><th>Running now</th><th>Tokens/s</th>"
-        f"<th>Time left</th></tr>{rows}</table><p>The report appears here when the run is done.</p>"
+        f"<th>Density now</th><th>Time left</th></tr>{rows}</table><p>The report appears here when the run is done.</p>"
     )
 
 
@@ -103,6 +103,7 @@ def _progress_row(shard: dict[str, Any]) -> str:
         f"{done} of {total}",
         shard["num_running"],
         shard["tokens_per_second"],
+        "" if shard.get("density") is None else shard["density"],
         "" if seconds_left is None else f"{seconds_left / 60:.1f} min",
     )
     return "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"

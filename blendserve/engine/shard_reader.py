@@ -44,10 +44,13 @@ class ShardReader:
         self._groups: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
         self.row_indices = self._numbers("row_index").astype(np.int64)  # of all requests in the file
         self._remaining = np.flatnonzero(~np.isin(self.row_indices, list(done_rows)))
+        self.remaining_row_indices = self.row_indices[self._remaining]  # of those that still have to run
+        self.compute_seconds = self._numbers("compute_seconds")[self._remaining]
+        self.memory_seconds = self._numbers("memory_seconds")[self._remaining]
         self.max_completion_tokens = int(self._numbers("max_tokens")[self._remaining].sum())
         self.scanner = DualScanner(
-            compute_seconds=self._numbers("compute_seconds")[self._remaining],
-            memory_seconds=self._numbers("memory_seconds")[self._remaining],
+            compute_seconds=self.compute_seconds,
+            memory_seconds=self.memory_seconds,
             unit_density=self._numbers("unit_density")[self._remaining],
             is_two_ended=is_two_ended,
         )

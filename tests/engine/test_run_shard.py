@@ -104,6 +104,8 @@ def test_a_shard_leaves_completions_metrics_and_its_manifest(llama: Path, plan_d
     assert sum(steps["num_prefill_tokens"]) + sum(steps["num_cached_tokens"]) == manifest.num_prompt_tokens
     assert steps["num_waiting"][-1] == 0
     assert told[-1].done == told[-1].total == NUM_REQUESTS and told[-1].tokens_per_second > 0
+    assert told[0].density == 1.0, "what the plan says of these requests"
+    assert told[-1].density is None, "nothing runs any more"
 
 
 def test_a_finished_shard_is_not_run_again(plan_dir: Path) -> None:
