@@ -20,7 +20,8 @@ from blendserve.planner.database import open_database
 from blendserve.planner.performance_model import load_hardware, load_model_shape
 from blendserve.planner.requests import compute_costs
 from blendserve.planner.schedule import schedule_requests
-from blendserve.planner.simulate import run_schedule, simulated_machine, summarize_runs
+from blendserve.planner.simulate import simulated_machine, summarize_run
+from blendserve.planner.simulated_run import run_schedule
 from blendserve.planner.workload import draw_mix
 
 POLICIES = ("blend", "dfs")
@@ -33,7 +34,7 @@ def simulate_point(costs, machine, density: float, sharing: float, num_requests:
     point = {"density": density, "sharing": sharing}
     for policy in POLICIES:
         schedule = schedule_requests(job.requests, policy=policy, seed=0, num_shards=1, costs=costs)
-        point[policy] = summarize_runs([run_schedule(job, schedule, machine)])
+        point[policy] = summarize_run(run_schedule(job, schedule, machine))
     optimal = job.requests.shared_prefix_tokens.sum() / job.requests.num_prompt_tokens.sum()
     bound = max(schedule.ideal_compute_seconds, float(schedule.memory_seconds.sum()))
     return {

@@ -21,7 +21,8 @@ from synthetic import job_of
 from blendserve.planner.database import open_database
 from blendserve.planner.performance_model import load_hardware, load_model_shape
 from blendserve.planner.requests import compute_costs
-from blendserve.planner.simulate import bound_seconds, plan_phases, run_schedule, simulated_machine, summarize_runs
+from blendserve.planner.simulate import bound_seconds, simulated_machine, summarize_run
+from blendserve.planner.simulated_run import run_policy
 from blendserve.planner.workload import draw_mix
 
 WORKLOADS = {"#1": (1.4, 0.35), "#2": (0.9, 0.35), "#3": (1.4, 0.05), "#4": (0.9, 0.05)}
@@ -45,8 +46,8 @@ def simulate_workload(model: str, workload: str, num_requests: int) -> dict:
         job = job_of(list(parts.values()))
 
         def seconds(policy: str, gpus: int = 1, lengths: str = "known") -> float:
-            phases = plan_phases(job, policy=policy, seed=0, gpus=gpus, lengths=lengths, costs=costs)
-            return summarize_runs([run_schedule(part, schedule, machine) for part, schedule in phases])["seconds"]
+            run = run_policy(job, policy=policy, gpus=gpus, lengths=lengths, machine=machine, costs=costs)
+            return summarize_run(run.results)["seconds"]
 
         blend = seconds("blend")
         figures = {

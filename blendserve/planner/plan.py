@@ -93,6 +93,7 @@ def estimate_lengths(states: RequestStates, spec: JobSpec) -> OutputLengths:
     """Output lengths of all requests, by what the job's rows and completions say."""
     return estimate_output_lengths(
         build_prefix_tree(states.shared_prefix_tokens),
+        num_prompt_tokens=states.num_prompt_tokens,
         max_tokens=states.max_tokens,
         hints=states.hints,
         observed=states.observed,

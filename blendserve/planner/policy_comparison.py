@@ -14,14 +14,8 @@ from blendserve.planner.performance_model import cost_constants, load_model_shap
 from blendserve.planner.plan import estimate_lengths, plan_hardware, rows_to_run
 from blendserve.planner.requests import compute_costs, read_request_states
 from blendserve.planner.schedule import PlannedRequests, schedule_requests
-from blendserve.planner.simulate import (
-    POLICIES,
-    SimulatedJob,
-    bound_seconds,
-    run_schedule,
-    simulated_machine,
-    summarize_runs,
-)
+from blendserve.planner.simulate import POLICIES, bound_seconds, simulated_machine, summarize_run
+from blendserve.planner.simulated_run import SimulatedJob, run_schedule
 from blendserve.spec import JobSpec, Policy
 
 
@@ -48,6 +42,6 @@ def compare_policies(
             schedule = schedule_requests(
                 requests, policy=policy, seed=spec.seed, num_shards=spec.shards or 1, costs=costs
             )
-            runs[policy] = summarize_runs([run_schedule(job, schedule, machine)])
+            runs[policy] = summarize_run(run_schedule(job, schedule, machine))
         bound = bound_seconds(job, costs)
     return {"policies": runs, "prefix_sharing_optimal": job.prefix_sharing, "bound_seconds": bound}

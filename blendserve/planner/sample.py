@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from blendserve.job_folder import JobFolder
 from blendserve.manifest import PlanManifest
 from blendserve.planner.database import open_database
-from blendserve.planner.output_lengths import OutputLengths
+from blendserve.planner.output_lengths import OutputLengths, prompt_length_class
 from blendserve.planner.plan import plan_hardware, schedule_rows
 from blendserve.planner.plan_files import plan_id_of, shard_plans, write_plan_files
 from blendserve.planner.prompt_tokens import open_prompt_tokens
@@ -72,7 +72,7 @@ def choose_sample(states: RequestStates, spec: JobSpec) -> NDArray[np.int64]:
     if not is_needed or int(states.max_tokens[unknown].max()) <= _MIN_MAX_TOKENS:
         return np.zeros(0, np.int64)
     num_sampled = max(MIN_SAMPLED, math.ceil(spec.sample_fraction * len(unknown)))
-    return draw_stratified(states.shared_prefix_tokens, unknown, num_sampled)
+    return draw_stratified(states.shared_prefix_tokens, states.num_prompt_tokens, unknown, num_sampled)
 
 
 def choose_companions(
@@ -87,19 +87,23 @@ def choose_companions(
 
 
 def draw_stratified(
-    shared_prefix_tokens: NDArray[np.int64], candidates: NDArray[np.int64], num_sampled: int
+    shared_prefix_tokens: NDArray[np.int64],
+    num_prompt_tokens: NDArray[np.int64],
+    candidates: NDArray[np.int64],
+    num_sampled: int,
 ) -> NDArray[np.int64]:
     """`num_sampled` of the sorted places `candidates` (at most all of them), ascending; always the same ones.
 
-    Strata are the subtrees below what all prompts share. Each gets room by the square root of its size, so that small
-    subtrees are seen and big ones are seen more often, but not so much that a good part of a small subtree runs before
-    it can be planned. Within a stratum the sample is spread evenly.
+    Strata are the subtrees below what all prompts share; prompts that share no more are put together by their length.
+    Each stratum gets room by the square root of its size, so that small ones are seen and big ones are seen more often,
+    but not so much that a good part of a small one runs before it can be planned. Within a stratum the sample is spread
+    evenly.
     """
     num_sampled = min(num_sampled, len(candidates))
-    least_shared = shared_prefix_tokens[1:].min(initial=int(shared_prefix_tokens.max(initial=0)))
-    stratum = np.cumsum(shared_prefix_tokens <= least_shared)[candidates]
+    candidates, stratum = _strata(shared_prefix_tokens, num_prompt_tokens, candidates)
     sizes = np.bincount(stratum)
-    room = num_sampled * np.sqrt(sizes) / np.sqrt(sizes).sum()
+    least = np.minimum(sizes, _MIN_STRATUM_ROOM) * min(num_sampled / (2 * _MIN_STRATUM_ROOM * len(sizes)), 1.0)
+    room = least + (num_sampled - least.sum()) * np.sqrt(sizes) / np.sqrt(sizes).sum()
     room = np.minimum(room, np.maximum(_MAX_STRATUM_SHARE * sizes, _MIN_STRATUM_ROOM))
     filled = np.cumsum((room / np.maximum(sizes, 1))[stratum])
     marks = _spread(float(filled[-1]), min(round(float(filled[-1])), num_sampled))
@@ -107,6 +111,18 @@ def draw_stratified(
     others = np.setdiff1d(np.arange(len(candidates)), chosen)
     more = others[_spread(len(others), num_sampled - len(chosen)).astype(np.int64)]
     return np.sort(candidates[np.concatenate([chosen, more])])
+
+
+def _strata(
+    shared_prefix_tokens: NDArray[np.int64], num_prompt_tokens: NDArray[np.int64], candidates: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """`candidates` sorted by stratum, and the stratum of each, numbered in that order."""
+    least_shared = shared_prefix_tokens[1:].min(initial=int(shared_prefix_tokens.max(initial=0)))
+    subtree = np.cumsum(shared_prefix_tokens <= least_shared)
+    is_alone = np.bincount(subtree)[subtree] == 1
+    key = np.where(is_alone, -prompt_length_class(num_prompt_tokens), subtree)[candidates]
+    order = np.argsort(key, kind="stable")
+    return candidates[order], np.unique(key[order], return_inverse=True)[1].reshape(-1)
 
 
 def _spread(length: float, num_marks: int) -> NDArray[np.float64]:

@@ -2,64 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from blendserve.errors import InputError, UsageError
 from blendserve.planner.database import open_database
-from blendserve.planner.output_lengths import OutputLengths, estimate_output_lengths
 from blendserve.planner.performance_model import Hardware, ModelShape, cost_constants, load_hardware, load_model_shape
-from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.requests import compute_costs
-from blendserve.planner.sample import ASSUMED_OUTPUT_TOKENS, MIN_SAMPLED, choose_companions, draw_stratified
-from blendserve.planner.schedule import CostModel, PlannedRequests, Schedule, schedule_requests, shared_with_previous
-from blendserve.planner.simulation import SimulatedMachine, SimulatedShard, SimulationResult
-from blendserve.planner.simulator import Simulator
+from blendserve.planner.schedule import CostModel, PlannedRequests, schedule_requests
+from blendserve.planner.simulated_run import Lengths, SimulatedJob, run_policy
+from blendserve.planner.simulation import SimulatedMachine, SimulationResult
 from blendserve.planner.sorted_prompts import SortedPrompts, sort_prompts
 from blendserve.spec import Policy
 
-Lengths = Literal["known", "sampled"]
 POLICIES: Final[tuple[Policy, ...]] = get_args(Policy)
 _USABLE_MEMORY = 0.95  # of the device; the rest is activations and the runtime
 _MAX_BATCHED_TOKENS = 2048
-_SAMPLED_FRACTION = 0.01
-_MAX_OUTPUT_TOKENS = 131_072  # nothing better is known of a workload's limits
-
-
-@dataclass(frozen=True, slots=True)
-class SimulatedJob:
-    """A workload in the order of its prompts: what the planner knows and, [num_requests], the lengths to come."""
-
-    requests: PlannedRequests
-    output_tokens: NDArray[np.int64]
-
-    @property
-    def prefix_sharing(self) -> float:
-        """The most that any order can share, of the prompt tokens."""
-        prompt_tokens = int(self.requests.num_prompt_tokens.sum())
-        return int(self.requests.shared_prefix_tokens.sum()) / max(prompt_tokens, 1)
-
-    def subset(self, rows: NDArray[np.int64], lengths: OutputLengths) -> SimulatedJob:
-        """Only `rows` (ascending) of the job, with `lengths` of the whole job as what the planner knows."""
-        requests = PlannedRequests(
-            num_prompt_tokens=self.requests.num_prompt_tokens[rows],
-            shared_prefix_tokens=shared_with_previous(self.requests.shared_prefix_tokens, rows),
-            mean_output_tokens=lengths.mean[rows],
-            mean_square_output_tokens=lengths.mean_square[rows],
-            arrival=self.requests.arrival[rows],
-        )
-        return SimulatedJob(requests, self.output_tokens[rows])
 
 
 def simulate(
@@ -89,52 +56,17 @@ def simulate(
         reading_seconds = planning_seconds = time.monotonic() - started
         runs = {}
         for policy in policies:
-            started = time.monotonic()
-            phases = plan_phases(job, policy=policy, seed=seed, gpus=gpus, lengths=lengths, costs=costs)
-            planning_seconds = max(planning_seconds, reading_seconds + time.monotonic() - started)
-            runs[policy] = [run_schedule(phase, schedule, machine) for phase, schedule in phases]
+            run = run_policy(job, policy=policy, gpus=gpus, lengths=lengths, machine=machine, costs=costs, seed=seed)
+            planning_seconds = max(planning_seconds, reading_seconds + run.planning_seconds)
+            runs[policy] = summarize_run(run.results)
         bound = bound_seconds(job, costs) / gpus
     return {
-        "policies": {policy: summarize_runs(results) for policy, results in runs.items()},
+        "policies": runs,
         "prefix_sharing_optimal": job.prefix_sharing,
         "bound_seconds": bound,
         "planning_seconds": planning_seconds,
         "peak_memory_bytes": _peak_memory_bytes(),
     }
-
-
-def plan_phases(
-    job: SimulatedJob, *, policy: Policy, seed: int, gpus: int, lengths: Lengths, costs: CostModel
-) -> list[tuple[SimulatedJob, Schedule]]:
-    """What runs one after the other: the whole job, or its sample with companions and then the rest by `policy`."""
-    plan = partial(schedule_requests, seed=seed, num_shards=gpus, costs=costs)
-    if lengths == "known" or job.requests.num_requests < 2 * MIN_SAMPLED:
-        return [(job, plan(job.requests, policy=policy))]
-    everyone = np.arange(job.requests.num_requests)
-    num_sampled = max(MIN_SAMPLED, math.ceil(_SAMPLED_FRACTION * len(everyone)))
-    rows = draw_stratified(job.requests.shared_prefix_tokens, everyone, num_sampled)
-    observed = np.full(len(everyone), np.nan)
-    observed[rows] = job.output_tokens[rows]
-    estimates = estimate_output_lengths(
-        build_prefix_tree(job.requests.shared_prefix_tokens),
-        max_tokens=np.full(len(everyone), _MAX_OUTPUT_TOKENS),
-        hints=np.full(len(everyone), np.nan),
-        observed=observed,
-        is_cut_off=np.zeros(len(everyone), np.bool_),
-        ignore_eos=False,
-    )
-    rest = np.setdiff1d(everyone, rows)
-    companions = choose_companions(job.requests.shared_prefix_tokens, job.requests.num_prompt_tokens, rest)
-    rest = np.setdiff1d(rest, companions)
-    together = np.sort(np.concatenate([rows, companions]))
-    assumed = np.full(len(everyone), float(ASSUMED_OUTPUT_TOKENS))
-    sample = job.subset(together, OutputLengths(assumed, assumed**2, np.zeros(len(everyone), np.int64)))
-    remaining = job.subset(rest, estimates)
-    sampled_first = replace(sample.requests, arrival=np.isin(together, companions).astype(np.int64))
-    return [
-        (sample, plan(sampled_first, policy="fcfs")),
-        (remaining, plan(remaining.requests, policy=policy)),
-    ]
 
 
 def bound_seconds(job: SimulatedJob, costs: CostModel) -> float:
@@ -191,36 +123,9 @@ def read_job(path: Path, folder: Path) -> SimulatedJob:
     return SimulatedJob(requests, output)
 
 
-def run_schedule(job: SimulatedJob, schedule: Schedule, machine: SimulatedMachine) -> list[SimulationResult]:
-    """Replay every shard of `schedule` on a machine of its own."""
-    tree = build_prefix_tree(job.requests.shared_prefix_tokens)
-    results = []
-    for shard in range(schedule.num_shards):
-        places = np.flatnonzero(schedule.shard == shard)
-        positions = schedule.positions[places]
-        estimates = np.rint(job.requests.mean_output_tokens[positions]).astype(np.int64)
-        simulated = SimulatedShard(
-            tree=tree,
-            positions=positions,
-            num_prompt_tokens=job.requests.num_prompt_tokens[positions],
-            output_tokens=job.output_tokens[positions],
-            estimated_output_tokens=estimates,
-            compute_seconds=schedule.compute_seconds[places],
-            memory_seconds=schedule.memory_seconds[places],
-            unit_density=schedule.unit_density[places],
-            is_two_ended=schedule.is_two_ended,
-        )
-        results.append(Simulator(simulated, machine).run())
-    return results
-
-
-def summarize_runs(phases: list[list[SimulationResult]]) -> dict[str, Any]:
-    """Totals of one policy. The shards of a phase run side by side, the phases one after the other.
-
-    Throughput counts input and output tokens.
-    """
-    results = [result for phase in phases for result in phase]
-    seconds = sum(max((result.seconds for result in phase), default=0.0) for phase in phases)
+def summarize_run(results: list[SimulationResult]) -> dict[str, Any]:
+    """Totals of one policy, whose machines ran side by side. Throughput counts input and output tokens."""
+    seconds = max((result.seconds for result in results), default=0.0)
     prompt_tokens = sum(result.num_prompt_tokens for result in results)
     tokens = prompt_tokens + sum(result.num_output_tokens for result in results)
     return {

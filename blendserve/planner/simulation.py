@@ -1,7 +1,8 @@
-"""What a simulation is given, a shard of requests on a machine, and what it answers."""
+"""What a simulation is given, requests on a machine, and what it answers."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,16 @@ from numpy.typing import NDArray
 
 from blendserve.planner.performance_model import CostConstants
 from blendserve.planner.prefix_tree import PrefixTree
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a step or a stretch of steps takes: `compute` with reading the weights, `needed_compute` without."""
+
+    seconds: float
+    compute: float
+    needed_compute: float
+    memory: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,26 +31,84 @@ class SimulatedMachine:
     capacity_tokens: int
     max_batched_tokens: int
     is_overlapped: bool
+    max_num_seqs: int = 1024
+
+    @property
+    def decode_token_seconds(self) -> float:
+        """Compute time of one decoded token."""
+        return self.constants.seconds_per_layer_token + self.constants.seconds_per_sampled_token
+
+    def step(self, needed_compute: float, context_tokens: int) -> StepWork:
+        """One step whose decoding requests read `context_tokens` of KV cache."""
+        compute = max(needed_compute, self.step_seconds)
+        memory = context_tokens * self.constants.seconds_per_kv_token
+        return StepWork(self._together(compute, memory), compute, needed_compute, memory)
+
+    def decode_steps(self, num_steps: int, num_decoding: int, context_tokens: int) -> StepWork:
+        """`num_steps` steps of nothing but decoding; the first reads `context_tokens`, each later one a token more a
+        request."""
+        needed = num_decoding * self.decode_token_seconds
+        compute = max(needed, self.step_seconds)
+        first = context_tokens * self.constants.seconds_per_kv_token
+        slope = num_decoding * self.constants.seconds_per_kv_token
+        memory = num_steps * first + slope * num_steps * (num_steps - 1) / 2
+        seconds = num_steps * compute + memory
+        if self.is_overlapped:  # the first steps may be bound by compute, the later ones by memory
+            bound = min(max(math.ceil((compute - first) / slope), 0), num_steps)
+            later = slope * (num_steps * (num_steps - 1) - bound * (bound - 1)) / 2
+            seconds = bound * compute + (num_steps - bound) * first + later
+        return StepWork(seconds, num_steps * compute, num_steps * needed, memory)
+
+    def _together(self, compute: float, memory: float) -> float:
+        return max(compute, memory) if self.is_overlapped else compute + memory
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedRequests:
+    """All requests of a workload in the order of `tree`; arrays [num_requests]. No planner sees the outputs."""
+
+    tree: PrefixTree
+    num_prompt_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedShard:
-    """Requests in shard order, arrays [num_requests]; `positions` are their places in the order of `tree`."""
+    """What a machine has to admit, in this order; arrays [num_admitted], `positions` in the order of the tree.
 
-    tree: PrefixTree
+    footprint_tokens: KV cache tokens that a request holds on average over its life.
+    reserves_output: admit only what fits with its estimated output. Otherwise requests are admitted as long as their
+    prompts fit, and the latest are preempted when the cache is full, as engines do that know no lengths.
+    pace: compute over memory time that each step aims at; None: that of all that is left.
+    """
+
     positions: NDArray[np.int64]
-    num_prompt_tokens: NDArray[np.int64]
-    output_tokens: NDArray[np.int64]
     estimated_output_tokens: NDArray[np.int64]
+    footprint_tokens: NDArray[np.float64]
     compute_seconds: NDArray[np.float64]
     memory_seconds: NDArray[np.float64]
     unit_density: NDArray[np.float64]
     is_two_ended: bool
+    reserves_output: bool
+    pace: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a machine did over time, in pieces of equal length; arrays [num_pieces].
+
+    compute, memory: seconds of work in each piece over its length; held_tokens: mean KV cache tokens.
+    """
+
+    piece_seconds: float
+    compute: NDArray[np.float64]
+    memory: NDArray[np.float64]
+    held_tokens: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """Totals of one shard. `compute_seconds` and `memory_seconds` are the work done, whether overlapped or not."""
+    """Totals of one machine. `compute_seconds` and `memory_seconds` are the work done, whether overlapped or not."""
 
     seconds: float
     compute_seconds: float
@@ -49,3 +118,4 @@ class SimulationResult:
     num_output_tokens: int
     num_cached_tokens: int
     num_preemptions: int
+    usage: Usage

@@ -6,58 +6,123 @@ thousand requests decode, and stretches in which nothing but decoding happens ar
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from heapq import heappop, heappush
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blendserve.dual_scanner import DualScanner, Front
+from blendserve.planner.memory_peak import peak_tokens
 from blendserve.planner.simulated_cache import SimulatedCache
-from blendserve.planner.simulation import SimulatedMachine, SimulatedShard, SimulationResult
+from blendserve.planner.simulation import (
+    SimulatedMachine,
+    SimulatedRequests,
+    SimulatedShard,
+    SimulationResult,
+    StepWork,
+)
+from blendserve.planner.usage_recorder import UsageRecorder
+from blendserve.planner.work_left import WorkLeft
 
 _FINISHED, _OUTLIVED = 0, 1  # kinds of events, in the order in which those of one step are handled
+_WATERMARK = 0.01  # of the cache, kept free by engines that know no output lengths
+# Memory-heavy requests are admitted until a step's memory time is twice that of reading the weights, and as long as
+# that will hold on the average of their lives within three times. More of them only make each step, and so each long
+# output, take longer: steps are then full of both kinds of work anyway.
+_WANTED_STEPS = 2.0
+_MOST_STEPS = 3.0
 
 
 class Simulator:
-    """One shard on one machine. `run()` returns the totals; an instance runs once."""
+    """One machine. `assign` says what to admit, again whenever more is known; `run` goes on until all is done."""
 
-    def __init__(self, shard: SimulatedShard, machine: SimulatedMachine) -> None:
+    def __init__(self, requests: SimulatedRequests, machine: SimulatedMachine) -> None:
         self._machine = machine
         self._constants = machine.constants
-        self._cache = SimulatedCache(shard.tree)
+        self._cache = SimulatedCache(requests.tree)
+        self._usage = UsageRecorder()
+        self._left = WorkLeft(machine)
+        self._prompt: list[int] = requests.num_prompt_tokens.tolist()
+        self._output: list[int] = np.maximum(requests.output_tokens, 1).tolist()
+        num_requests = len(self._prompt)
+        self._estimate = [1] * num_requests
+        self._footprint = [0.0] * num_requests
+        self._front = [Front.LEFT] * num_requests
+        self._produced = [0] * num_requests  # output tokens when the request began to decode or was preempted
+        self._joined = [-1] * num_requests  # step in which the request began to decode, -1 while it doesn't
+        self._prefilling: deque[list[int]] = deque()  # [request, tokens computed, tokens to compute up to]
+        self._preempted: deque[int] = deque()
+        self._running: dict[int, None] = {}  # decoding requests, latest last
+        self._finished: list[int] = []
+        self._events: list[tuple[int, int, int, int]] = []  # (step, kind, request, step it joined)
+        self._queued_tokens = 0  # admitted, not computed
+        self._own_tokens = 0  # KV cache beyond shared prefixes
+        self._context = 0  # KV tokens that the next decode step reads
+        self._right_footprint = 0.0  # of the admitted requests that count as the right front's
+        self._num_steps = 0
+        self._seconds = self._compute = self._memory = 0.0
+        self._cached_tokens = self._num_preemptions = 0
+
+    # What a planner sees and says
+
+    @property
+    def admitted(self) -> NDArray[np.int64]:
+        """The requests that have started and not finished, in no order."""
+        return np.array(self._unfinished(), dtype=np.int64)
+
+    @property
+    def finished(self) -> NDArray[np.int64]:
+        """The requests that are done, in the order in which they finished."""
+        return np.array(self._finished, dtype=np.int64)
+
+    @property
+    def remaining(self) -> NDArray[np.int64]:
+        """The requests that are assigned and not admitted."""
+        num_remaining = self._scanner.num_remaining
+        begin = self._scanner.peek(Front.LEFT) if num_remaining else 0
+        return np.array(self._order[begin : begin + num_remaining], dtype=np.int64)
+
+    def num_produced(self, requests: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[num_requests]: the output tokens so far of each of `requests`."""
+        return np.array([self._count_produced(request) for request in requests.tolist()], dtype=np.int64)
+
+    def revise(self, requests: NDArray[np.int64], estimates: NDArray[np.int64]) -> None:
+        """Expect other output lengths of those of `requests` that decode or wait preempted; comes before `assign`."""
+        waiting = set(self._preempted)
+        for request, estimate in zip(requests.tolist(), estimates.tolist(), strict=True):
+            produced = self._count_produced(request)
+            if estimate <= produced:
+                continue
+            if request in waiting:
+                self._estimate[request] = estimate
+            elif request in self._running:
+                self._lengthen(request, estimate - self._estimate[request])
+                self._await_end(request, estimate - produced)
+
+    def assign(self, shard: SimulatedShard) -> None:
+        """Admit `shard` from now on, instead of what was assigned before and hasn't been admitted."""
         self._scanner = DualScanner(
             compute_seconds=shard.compute_seconds,
             memory_seconds=shard.memory_seconds,
             unit_density=shard.unit_density,
             is_two_ended=shard.is_two_ended,
         )
-        self._is_two_ended = shard.is_two_ended
-        self._position: list[int] = shard.positions.tolist()
-        self._prompt: list[int] = shard.num_prompt_tokens.tolist()
-        self._output: list[int] = np.maximum(shard.output_tokens, 1).tolist()
-        self._estimate: list[int] = np.maximum(shard.estimated_output_tokens, 1).tolist()
-        self._compute_left = float(shard.compute_seconds.sum())
-        self._memory_left = float(shard.memory_seconds.sum())
-        num_requests = len(self._position)
-        self._front = [Front.LEFT] * num_requests
-        self._produced = [0] * num_requests  # output tokens that a preempted request has already
-        self._joined = [-1] * num_requests  # step in which the request began to decode, -1 while it doesn't
-        self._prefilling: deque[list[int]] = deque()  # [request, tokens computed, tokens to compute up to]
-        self._preempted: deque[int] = deque()
-        self._running: dict[int, None] = {}  # decoding requests, latest last
-        self._events: list[tuple[int, int, int, int]] = []  # (step, kind, request, step it joined)
-        self._queued_tokens = 0  # admitted, not computed
-        self._own_tokens = 0  # KV cache beyond shared prefixes
-        self._growth = 0  # tokens that running requests are still expected to add
-        self._context = 0  # KV tokens that the next decode step reads
-        self._reserved = {Front.LEFT: 0, Front.RIGHT: 0}  # prompt and estimated output of the admitted requests
-        self._step = 0
-        self._seconds = self._compute = self._memory = 0.0
-        self._cached_tokens = self._num_preemptions = 0
+        self._order: list[int] = shard.positions.tolist()
+        self._is_two_ended, self._reserves_output = shard.is_two_ended, shard.reserves_output
+        self._pace = shard.pace
+        lengths = zip(self._order, shard.estimated_output_tokens.tolist(), shard.footprint_tokens.tolist(), strict=True)
+        for request, estimate, footprint in lengths:
+            self._estimate[request] = max(estimate, 1)
+            self._footprint[request] = footprint
+        self._left.assign(float(shard.compute_seconds.sum()), float(shard.memory_seconds.sum()))
+        for request in self._unfinished():
+            self._left.expect(self._prompt[request], self._count_produced(request), self._estimate[request])
 
-    def run(self) -> SimulationResult:
-        """Step until every request has finished."""
-        while True:
+    def run(self, until_seconds: float = math.inf) -> None:
+        """Step until every request has finished, or up to the first step that ends after `until_seconds`."""
+        while self._seconds < until_seconds:
             self._admit()
             if not self._running and not self._prefilling:
                 break
@@ -67,67 +132,92 @@ class Simulator:
                 self._skip_to_next_event()
             self._handle_events()
             self._make_room()
+
+    def result(self) -> SimulationResult:
+        """What has been done so far; prompt and output tokens are those of the finished requests."""
         return SimulationResult(
             seconds=self._seconds,
             compute_seconds=self._compute,
             memory_seconds=self._memory,
-            num_steps=self._step,
-            num_prompt_tokens=sum(self._prompt),
-            num_output_tokens=sum(self._output),
+            num_steps=self._num_steps,
+            num_prompt_tokens=sum(self._prompt[request] for request in self._finished),
+            num_output_tokens=sum(self._output[request] for request in self._finished),
             num_cached_tokens=self._cached_tokens,
             num_preemptions=self._num_preemptions,
+            usage=self._usage.usage(),
         )
 
     # Admission: preempted requests first, then the scanner's front, as long as there is room.
 
     def _admit(self) -> None:
-        while self._preempted and self._fits(self._preempted[0]):
+        capacity = self._machine.capacity_tokens
+        while self._preempted and self._fits(self._preempted[0], capacity):
             self._start(self._preempted.popleft())
         if self._preempted:
             return
-        while True:
+        while len(self._running) + len(self._prefilling) < self._machine.max_num_seqs:
             front = self._next_front()
             if front is None:
                 return
-            request = self._scanner.peek(front)
-            if not self._fits(request):
+            request = self._order[self._scanner.peek(front)]
+            if not self._fits(request, self._scanner.max_held_tokens(front, capacity)):
                 return
             self._scanner.take(front)
             self._front[request] = front
             self._start(request)
 
     def _next_front(self) -> Front | None:
-        """Left while this step lacks prefill tokens; else right, as far as it leaves the left front its share."""
-        if not self._is_two_ended:
-            is_full = self._queued_tokens >= 2 * self._machine.max_batched_tokens
-            return None if is_full else self._scanner.next_front(0, 0, 1)
-        if self._scanner.num_remaining == 0:
+        """Left while this step lacks prefill tokens; else right, while steps lack memory work."""
+        is_full = self._queued_tokens >= 2 * self._machine.max_batched_tokens
+        if self._scanner.num_remaining == 0 or is_full:
             return None
-        if self._queued_tokens < self._prefill_budget():
+        if not self._is_two_ended:
+            return Front.LEFT
+        if self._queued_tokens * self._constants.seconds_per_layer_token < self._prefill_seconds():
             return Front.LEFT if self._running or self._prefilling else Front.RIGHT
-        request = self._scanner.peek(Front.RIGHT)
-        held = self._reserved[Front.RIGHT] + self._prompt[request] + self._estimate[request]
-        room = self._scanner.max_held_tokens(Front.RIGHT, self._machine.capacity_tokens)
-        return Front.RIGHT if held <= room else None
+        return Front.RIGHT if self._lacks_memory_work() else None
 
-    def _fits(self, request: int) -> bool:
-        """Whether the cache has room for the request and for what all running ones are expected to add."""
+    def _lacks_memory_work(self) -> bool:
+        """Whether the next request at the right front may be admitted; the fronts' shares are the cap."""
+        if not self._running:
+            return True
+        footprint = self._footprint[self._order[self._scanner.peek(Front.RIGHT)]]
+        held = self._right_footprint + footprint
+        a_step = self._machine.step_seconds / self._constants.seconds_per_kv_token
+        if a_step > 0 and (self._context >= _WANTED_STEPS * a_step or held > _MOST_STEPS * a_step):
+            return False
+        return held <= self._scanner.max_held_tokens(Front.RIGHT, self._machine.capacity_tokens)
+
+    def _fits(self, request: int, capacity: float) -> bool:
+        """Whether the cache has room for the request and, where output is reserved, will have until it ends."""
         if not self._running and not self._prefilling:
             return True
-        own = self._prompt[request] - self._cache.shared_tokens(self._position[request])
-        rest = max(self._estimate[request] - self._produced[request], 0)
-        needed = own + self._produced[request] + rest + self._cache.missing_tokens(self._position[request])
-        return needed + self._own_tokens + self._growth + self._cache.pinned_tokens <= self._machine.capacity_tokens
+        produced = self._produced[request]
+        held = self._prompt[request] - self._cache.shared_tokens(request) + produced
+        held += self._cache.missing_tokens(request) + self._own_tokens + self._cache.pinned_tokens
+        if not self._reserves_output:
+            return held <= capacity * (1 - _WATERMARK)
+        rest = max(self._estimate[request] - produced, 1)
+        if held + rest * (len(self._running) + len(self._prefilling) + 1) <= capacity:
+            return True
+        return held + rest <= capacity and self._peak(held, rest) <= capacity
+
+    def _peak(self, held: int, rest: int) -> int:
+        requests = [*self._running, *(chunk[0] for chunk in self._prefilling)]
+        produced = np.array([self._count_produced(request) for request in requests])
+        remaining = np.array([self._estimate[request] for request in requests]) - produced
+        own = np.array([self._prompt[request] - self._cache.shared_tokens(request) for request in requests]) + produced
+        return peak_tokens(held, own, remaining, rest)
 
     def _start(self, request: int) -> None:
-        position, produced = self._position[request], self._produced[request]
-        own = self._prompt[request] - self._cache.shared_tokens(position) + produced
-        cached = self._cache.acquire(position)
+        produced = self._produced[request]
+        own = self._prompt[request] - self._cache.shared_tokens(request) + produced
+        cached = self._cache.acquire(request)
         if not produced:
             self._cached_tokens += cached
         self._own_tokens += own
-        self._reserved[self._front[request]] += self._prompt[request] + self._estimate[request]
-        self._growth += self._estimate[request] - produced
+        if self._front[request] is Front.RIGHT:
+            self._right_footprint += self._footprint[request]
         last = self._prompt[request] + produced
         self._queued_tokens += max(last - cached, 1)
         self._prefilling.append([request, min(cached, last - 1), last])
@@ -135,140 +225,124 @@ class Simulator:
 
     # Steps
 
-    def _prefill_budget(self) -> float:
-        """Tokens to prefill in this step: what compute time the decoding requests' memory time leaves unused.
+    def _prefill_seconds(self) -> float:
+        """Compute time of the prefill in this step: what the decoding requests' memory time leaves unused.
 
         Over the whole job compute and memory time stand in the ratio of what remains of both; a step that keeps to it
         leaves neither idle, whatever the phases of the running requests are.
         """
-        most = self._machine.max_batched_tokens - len(self._running)
-        if not self._is_two_ended or not self._machine.is_overlapped:
-            return most
-        constants = self._constants
-        density = self._compute_left / max(self._memory_left, 1e-9)
-        wanted = density * self._context * constants.seconds_per_kv_token
-        decode = len(self._running) * (constants.seconds_per_layer_token + constants.seconds_per_sampled_token)
-        per_token = constants.seconds_per_layer_token
-        least = self._machine.step_seconds / per_token
-        return min(max((wanted - decode) / per_token, least - len(self._running), 1), most)
+        if not self._reserves_output or not self._machine.is_overlapped:
+            return math.inf
+        density = self._left.density if self._pace is None else self._pace
+        wanted = density * self._context * self._constants.seconds_per_kv_token
+        return max(wanted, self._machine.step_seconds) - len(self._running) * self._machine.decode_token_seconds
 
     def _take_step(self) -> None:
-        budget = int(max(self._prefill_budget(), 1))
-        tokens = pairs = sampled = 0
+        budget, seconds_left = max(self._machine.max_batched_tokens - len(self._running), 1), self._prefill_seconds()
+        tokens, compute = 0, len(self._running) * self._machine.decode_token_seconds
+        pair_seconds = self._constants.seconds_per_attended_pair
         finished_prefill = []
-        while budget > 0 and self._prefilling:
-            chunk = self._prefilling[0]
-            count = min(budget, chunk[2] - chunk[1])
-            pairs += count * (2 * chunk[1] + count)
+        while self._prefilling and tokens < budget and (seconds_left > 0 or not tokens):
+            request, done, last = chunk = self._prefilling[0]
+            token_seconds = self._constants.seconds_per_layer_token + done * pair_seconds
+            count = int(max(min(budget - tokens, last - done, seconds_left / token_seconds), 1))
             chunk[1] += count
             tokens += count
-            budget -= count
-            if chunk[1] == chunk[2]:
+            seconds = count * (token_seconds + count / 2 * pair_seconds)
+            if chunk[1] == last:
                 self._prefilling.popleft()
-                finished_prefill.append(chunk[0])
-                sampled += 1
-        self._queued_tokens -= tokens
-        if not self._prefilling:
-            self._queued_tokens = 0
-        num_decoding = len(self._running)
-        constants = self._constants
-        compute = (
-            (tokens + num_decoding) * constants.seconds_per_layer_token
-            + (sampled + num_decoding) * constants.seconds_per_sampled_token
-            + pairs / 2 * constants.seconds_per_attended_pair
-        )
-        self._account(max(compute, self._machine.step_seconds), self._context * constants.seconds_per_kv_token, compute)
-        self._grow(1)
+                finished_prefill.append(request)
+                seconds += self._constants.seconds_per_sampled_token
+            compute += seconds
+            seconds_left -= seconds
+        self._queued_tokens = self._queued_tokens - tokens if self._prefilling else 0
+        self._account(self._machine.step(compute, self._context), 1)
         for request in finished_prefill:
             self._join(request)
 
     def _skip_to_next_event(self) -> None:
         """Decode until a request finishes or outlives its estimate, or the cache is full: all steps at once."""
-        count = max(self._events[0][0] - self._step, 1)
-        num_decoding = len(self._running)
         free = self._machine.capacity_tokens - self._own_tokens - self._cache.pinned_tokens
-        count = max(min(count, free // num_decoding + 1), 1)
-        constants = self._constants
-        compute = num_decoding * (constants.seconds_per_layer_token + constants.seconds_per_sampled_token)
-        step_compute = max(compute, self._machine.step_seconds)
-        first = self._context * constants.seconds_per_kv_token
-        slope = num_decoding * constants.seconds_per_kv_token
-        memory = count * first + slope * count * (count - 1) / 2
-        self._compute += count * step_compute
-        self._memory += memory
-        self._compute_left -= count * compute
-        self._memory_left -= memory
-        if self._machine.is_overlapped:  # the first steps may be bound by compute, the later ones by memory
-            bound = int(min(max(np.ceil((step_compute - first) / slope), 0), count))
-            later = count - bound
-            self._seconds += (
-                bound * step_compute + later * first + slope * (count * (count - 1) - bound * (bound - 1)) / 2
-            )
-        else:
-            self._seconds += count * step_compute + memory
-        self._grow(count)
+        until_full = free // len(self._running) + 1
+        count = max(min(self._events[0][0] - self._num_steps, until_full), 1)
+        self._account(self._machine.decode_steps(count, len(self._running), self._context), count)
 
-    def _account(self, step_compute: float, memory: float, compute: float) -> None:
-        self._compute += step_compute
-        self._memory += memory
-        self._compute_left -= compute
-        self._memory_left -= memory
-        self._seconds += max(step_compute, memory) if self._machine.is_overlapped else step_compute + memory
+    def _account(self, work: StepWork, num_steps: int) -> None:
+        """`num_steps` steps have passed: every decoding request holds that many tokens more."""
+        self._usage.add(work.seconds, work.compute, work.memory, self._own_tokens + self._cache.pinned_tokens)
+        self._left.do(work)
+        self._seconds += work.seconds
+        self._compute += work.compute
+        self._memory += work.memory
+        self._context += num_steps * len(self._running)
+        self._own_tokens += num_steps * len(self._running)
+        self._num_steps += num_steps
 
-    def _grow(self, count: int) -> None:
-        """`count` steps have passed: every decoding request holds that many tokens more."""
-        num_decoding = len(self._running)
-        self._context += count * num_decoding
-        self._own_tokens += count * num_decoding
-        self._growth -= count * num_decoding
-        self._step += count
+    # Requests
 
-    # Events
+    def _unfinished(self) -> list[int]:
+        return [*self._running, *self._preempted, *(chunk[0] for chunk in self._prefilling)]
+
+    def _count_produced(self, request: int) -> int:
+        joined = self._joined[request]
+        return self._produced[request] + (self._num_steps - joined if joined >= 0 else 0)
 
     def _join(self, request: int) -> None:
         """The request's prefill is done and with it one more output token: decode, or finish at once."""
         self._produced[request] += 1
-        self._growth -= 1
-        rest = self._output[request] - self._produced[request]
-        self._joined[request] = self._step
+        produced = self._produced[request]
+        self._joined[request] = self._num_steps
         self._running[request] = None
-        self._context += self._prompt[request] + self._produced[request]
+        self._context += self._prompt[request] + produced
         self._own_tokens += 1
-        expected = max(self._estimate[request] - self._produced[request], 0)
-        heappush(self._events, (self._step + expected, _OUTLIVED, request, self._step))
-        heappush(self._events, (self._step + rest, _FINISHED, request, self._step))
+        end = self._num_steps + self._output[request] - produced
+        heappush(self._events, (end, _FINISHED, request, self._num_steps))
+        if self._reserves_output:
+            self._await_end(request, max(self._estimate[request] - produced, 0))
+
+    def _await_end(self, request: int, num_steps: int) -> None:
+        """Look in `num_steps` steps whether the request has outlived its estimate."""
+        heappush(self._events, (self._num_steps + num_steps, _OUTLIVED, request, self._joined[request]))
 
     def _handle_events(self) -> None:
-        while self._events and self._events[0][0] <= self._step:
+        while self._events and self._events[0][0] <= self._num_steps:
             _, kind, request, joined = heappop(self._events)
             if self._joined[request] != joined:
                 continue  # of a time before the request was preempted or finished
-            if kind == _OUTLIVED:
-                self._expect_more(request)
-            else:
+            if kind == _FINISHED:
+                self._left.expect(self._prompt[request], self._estimate[request], self._output[request])
                 self._leave(request)
+                self._finished.append(request)
+            elif self._count_produced(request) >= self._estimate[request]:
+                self._relocate(request)
 
-    def _expect_more(self, request: int) -> None:
-        """The request has outlived its estimate: expect as much again, so that the room it will take is counted."""
+    def _relocate(self, request: int) -> None:
+        """The request has outlived its estimate: expect as much again, and count it as one of the right front's."""
         more = self._estimate[request]
-        self._estimate[request] += more
-        self._growth += more
-        self._reserved[self._front[request]] += more
-        heappush(self._events, (self._step + more, _OUTLIVED, request, self._joined[request]))
+        self._left.expect(self._prompt[request], more, 2 * more)
+        if self._front[request] is Front.LEFT:
+            self._front[request] = Front.RIGHT
+            self._right_footprint += self._footprint[request]
+        self._lengthen(request, more)
+        self._await_end(request, more)
+
+    def _lengthen(self, request: int, num_tokens: int) -> None:
+        self._estimate[request] += num_tokens
+        self._footprint[request] += num_tokens / 2
+        if self._front[request] is Front.RIGHT:
+            self._right_footprint += num_tokens / 2
 
     def _leave(self, request: int) -> None:
         """Give back all that the request holds, whether it has finished or is preempted."""
-        decoded = self._step - self._joined[request]
-        self._produced[request] += decoded
+        produced = self._count_produced(request)
+        self._produced[request] = produced
         self._joined[request] = -1
-        produced = self._produced[request]
-        self._growth -= self._estimate[request] - produced
-        own = self._prompt[request] - self._cache.shared_tokens(self._position[request]) + produced
-        self._reserved[self._front[request]] -= self._prompt[request] + self._estimate[request]
+        if self._front[request] is Front.RIGHT:
+            self._right_footprint -= self._footprint[request]
         del self._running[request]
         self._context -= self._prompt[request] + produced
-        self._own_tokens -= own
-        self._cache.release(self._position[request])
+        self._own_tokens -= self._prompt[request] - self._cache.shared_tokens(request) + produced
+        self._cache.release(request)
 
     def _make_room(self) -> None:
         """Evict unused prefixes, then preempt the latest requests, until one more step fits."""

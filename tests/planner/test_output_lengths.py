@@ -13,12 +13,13 @@ from blendserve.planner.prefix_tree import build_prefix_tree
 NAN = float("nan")
 
 
-def estimate(shared, *, limits, hints=None, observed=None, cut_off=(), ignore_eos=False):
+def estimate(shared, *, limits, hints=None, observed=None, cut_off=(), ignore_eos=False, prompts=100):
     count = len(shared)
     is_cut_off = np.zeros(count, np.bool_)
     is_cut_off[list(cut_off)] = True
     return estimate_output_lengths(
         build_prefix_tree(np.array(shared, dtype=np.int64)),
+        num_prompt_tokens=np.array(prompts if isinstance(prompts, list) else [prompts] * count),
         max_tokens=np.array(limits if isinstance(limits, list) else [limits] * count),
         hints=np.array(hints or [NAN] * count),
         observed=np.array(observed or [NAN] * count),
@@ -89,3 +90,11 @@ def test_a_sample_that_was_cut_off_is_longer_than_it_looks():
 def test_a_cut_off_sample_is_a_length_where_nobody_may_go_on():
     lengths = estimate([0] * 5, limits=100, observed=[20.0, 100.0, 100.0, 100.0, NAN], cut_off=[1, 2, 3])
     assert lengths.estimated_tokens[4] == 80
+
+
+def test_prompts_that_share_nothing_are_told_apart_by_their_length():
+    # Without a prefix in common all stand below the root; a mean of both kinds would be right for none.
+    prompts = [20, 22, 25, 30, 28, 2000, 1100, 1900, 1990, 2047]
+    observed = [4000.0, 5000.0, 3000.0, 4000.0, NAN, 10.0, 11.0, 9.0, 10.0, NAN]
+    lengths = estimate([0] * 10, limits=10_000, observed=observed, prompts=prompts)
+    assert lengths.estimated_tokens[[4, 9]].tolist() == [4000, 10]

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blendserve.planner.memory_peak import peak_tokens
 from blendserve.planner.performance_model import CostConstants
 from blendserve.planner.schedule import PlannedRequests, schedule_requests
-from blendserve.planner.simulate import POLICIES, SimulatedJob, bound_seconds, run_schedule
+from blendserve.planner.simulate import POLICIES, bound_seconds
+from blendserve.planner.simulated_run import SimulatedJob, run_policy, run_schedule
 from blendserve.planner.simulation import SimulatedMachine
 
 UNITS = CostConstants(
@@ -31,10 +33,10 @@ def unit_costs(*, num_prompt_tokens, shared_prefix_tokens, mean_output_tokens, m
     return compute, np.maximum(np.maximum(read, layer_tokens), 1) * UNITS.seconds_per_kv_token
 
 
-def machine(capacity=20_000, is_overlapped=True, max_batched_tokens=256) -> SimulatedMachine:
+def machine(capacity=20_000, is_overlapped=True, max_batched_tokens=256, step_seconds=0.0) -> SimulatedMachine:
     return SimulatedMachine(
         constants=UNITS,
-        step_seconds=0.0,
+        step_seconds=step_seconds,
         capacity_tokens=capacity,
         max_batched_tokens=max_batched_tokens,
         is_overlapped=is_overlapped,
@@ -118,7 +120,7 @@ def test_blending_overlaps_what_depth_first_runs_one_after_the_other():
 
 def test_without_overlap_blending_gains_nothing_and_loses_nothing():
     job = two_kinds(500)
-    (blend,), (dfs,) = replay(job, "blend", is_overlapped=False), replay(job, "dfs", is_overlapped=False)
+    (blend,), (dfs,) = (replay(job, policy, is_overlapped=False, capacity=10**6) for policy in ("blend", "dfs"))
     assert blend.seconds == pytest.approx(dfs.seconds, rel=0.02)
 
 
@@ -159,3 +161,58 @@ def test_parts_of_equal_work_take_equal_time():
     (alone,) = replay(job, "blend")
     halves = replay(job, "blend", num_shards=2)
     assert alone.seconds / max(half.seconds for half in halves) > 1.9
+
+
+def learn(job, **options):
+    machine_ = machine(**options)
+    run = run_policy(job, policy="blend", gpus=1, lengths="sampled", machine=machine_, costs=unit_costs)
+    return run.results[0]
+
+
+def without_lengths(job) -> SimulatedJob:
+    """The same job with outputs that the planner can't know."""
+    return job_of(
+        job.requests.num_prompt_tokens, job.requests.shared_prefix_tokens, job.output_tokens, [1] * job.num_requests
+    )
+
+
+def test_a_sample_run_beside_the_job_costs_little():
+    job = two_kinds(4000)
+    (known,) = replay(job, "blend", step_seconds=0.05, capacity=60_000)
+    learnt = learn(without_lengths(job), step_seconds=0.05, capacity=60_000)
+    assert learnt.seconds < 1.02 * known.seconds
+    assert learnt.num_output_tokens == job.output_tokens.sum()
+    # Read literally, the sample goes before everything: alone, long outputs take hundreds of steps of their own.
+    sample = job_of([400] * 40 + [20] * 8, [0] * 48, [1] * 40 + [900] * 8)
+    (alone,) = replay(sample, "fcfs", step_seconds=0.05)
+    assert alone.seconds > 0.03 * known.seconds
+
+
+def test_requests_that_outlive_their_estimate_count_as_memory_heavy():
+    # Estimated as short ones at the compute-heavy front; once they outlive that, no more of them may fill the cache.
+    job = job_of([400] * 2000 + [20] * 100, [0] * 2100, [1] * 2000 + [900] * 100, [1] * 2100)
+    (result,) = replay(job, "blend")
+    assert result.num_output_tokens == 2000 + 90_000
+    assert result.num_preemptions < 100
+
+
+def test_usage_over_time_adds_up():
+    (result,) = replay(two_kinds(500), "blend")
+    usage = result.usage
+    assert len(usage.compute) <= 513
+    assert usage.compute.sum() * usage.piece_seconds == pytest.approx(result.compute_seconds)
+    assert usage.memory.sum() * usage.piece_seconds == pytest.approx(result.memory_seconds)
+    assert usage.held_tokens.max() <= 20_000
+
+
+def test_peak_is_that_of_stepping_through():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        count, horizon = int(random.integers(0, 8)), int(random.integers(1, 30))
+        own, rest = random.integers(0, 50, count), random.integers(1, 30, count)
+        held = int(own.sum()) + 7
+        use = [
+            held + (count + 1 - int((rest < step).sum())) * step - int((own + 0)[rest < step].sum())
+            for step in range(1, horizon + 1)
+        ]
+        assert peak_tokens(held, own, rest, horizon) == max(use)
