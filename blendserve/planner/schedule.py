@@ -15,6 +15,8 @@ from blendserve.planner.sharding import choose_num_shards, split_from_both_ends,
 from blendserve.planner.units import cut_into_units, order_by_density, spread_prefix_costs
 from blendserve.spec import Policy
 
+_MAX_SHARED_WHEN_DEALT = 0.05  # of a request's tokens: what is shared with its neighbours is worth little to it
+
 
 class CostModel(Protocol):
     """Compute and memory seconds of requests by their lengths; all arrays [num_requests]."""
@@ -82,17 +84,25 @@ class Schedule:
 
 
 def schedule_requests(
-    requests: PlannedRequests, *, policy: Policy, seed: int, num_shards: int | None, costs: CostModel
+    requests: PlannedRequests,
+    *,
+    policy: Policy,
+    seed: int,
+    num_shards: int | None,
+    costs: CostModel,
+    begun: NDArray[np.float64] | None = None,
 ) -> Schedule:
-    """Order `requests` by `policy` and cut the order into shards; `num_shards` None: by predicted time."""
+    """Order `requests` by `policy` and cut the order into shards; `num_shards` None: by predicted time.
+
+    `begun` [2, num_shards]: compute and memory seconds that each shard has besides; policy blend evens them out.
+    """
     tree = build_prefix_tree(requests.shared_prefix_tokens)
     compute, memory = _spread_costs(requests, tree, costs)
     positions, begins = _order(requests, tree, policy, seed, compute, memory)
     unit_id, unit_density = _units(begins, compute[positions], memory[positions])
-    split = split_from_both_ends if policy == "blend" else split_in_order
     seconds = float(compute.sum() + memory.sum())
     chosen = choose_num_shards(num_shards, predicted_seconds=seconds, num_requests=requests.num_requests)
-    shards = split(compute[positions], memory[positions], chosen) if chosen else []
+    shards = _split(requests, positions, policy, compute[positions], memory[positions], chosen, begun) if chosen else []
     places = np.concatenate([np.zeros(0, np.int64), *shards])
     sizes = np.array([len(shard) for shard in shards], dtype=np.int64)
     shard_begins = np.cumsum(sizes) - sizes
@@ -114,6 +124,25 @@ def schedule_requests(
         shared_tokens_optimal=int(requests.shared_prefix_tokens.sum()),
         ideal_compute_seconds=float(compute.sum()),
     )
+
+
+def _split(
+    requests: PlannedRequests,
+    positions: NDArray[np.int64],
+    policy: Policy,
+    compute: NDArray[np.float64],
+    memory: NDArray[np.float64],
+    num_shards: int,
+    begun: NDArray[np.float64] | None,
+) -> list[NDArray[np.int64]]:
+    """The places of each shard in the order `positions`; costs are in that order."""
+    if policy != "blend":
+        return split_in_order(compute, memory, num_shards)
+    shared = shared_with_previous(requests.shared_prefix_tokens, positions)
+    shared = np.maximum(shared, np.append(shared[1:], 0))
+    tokens = requests.num_prompt_tokens[positions] + requests.mean_output_tokens[positions]
+    is_free = shared <= _MAX_SHARED_WHEN_DEALT * tokens
+    return split_from_both_ends(compute, memory, num_shards, is_free=is_free, begun=begun)
 
 
 def shared_with_previous(shared_prefix_tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -7,6 +7,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+_LUMPS_OF_A_SHARD = 64  # requests that are more than this part of a shard are dealt out one by one
+_PIECES_OF_A_SHARD = 4
+_LEAST_SECONDS = 1e-300
 SHARD_SECONDS = 1200.0  # long enough to be worth loading a model, short enough to run again after a crash
 
 
@@ -17,43 +20,85 @@ def choose_num_shards(stated: int | None, *, predicted_seconds: float, num_reque
 
 
 def split_from_both_ends(
-    compute_seconds: NDArray[np.float64], memory_seconds: NDArray[np.float64], num_shards: int
+    compute_seconds: NDArray[np.float64],
+    memory_seconds: NDArray[np.float64],
+    num_shards: int,
+    *,
+    is_free: NDArray[np.bool_] | None = None,
+    begun: NDArray[np.float64] | None = None,
 ) -> list[NDArray[np.int64]]:
-    """Places of each shard when the order [num_requests], by falling density, is cut from both ends.
+    """Places of each shard, ascending, when the order [num_requests], by falling density, is cut from both ends.
 
-    A shard takes a run from the left and one from the right with its share of the compute time and its share of the
-    memory time (two equations, two unknowns). For each left run one right run gives the compute time; the longer the
-    left run, the less memory time the two hold, so the left run is found by bisection. The last shard is the middle.
+    Requests that are a good part of a shard by themselves are dealt out first, the largest to the emptiest shard, as
+    far as they `is_free`: as long as they stood together, one shard would have all the longest outputs and end last.
+    The others are cut into pieces, each a run from the left and one from the right that hold what is wanted of the
+    compute time and of the memory time (two equations, two unknowns), and every shard gets pieces from the ends as
+    well as from the middle. `begun` [2, num_shards]: compute and memory seconds that each shard has besides.
     """
-    places = np.arange(len(compute_seconds))
-    compute_before = np.concatenate([np.zeros(1), np.cumsum(compute_seconds)])
-    memory_before = np.concatenate([np.zeros(1), np.cumsum(memory_seconds)])
-    left, right = 0, len(places)
-    shards = []
-    for num_left in range(num_shards, 1, -1):
-        remaining = slice(left, right + 1)
-        most = right - left - (num_left - 1)  # each later shard needs a request
-        taken_left, taken_right = _runs_of_one_shard(
-            compute_before[remaining] - compute_before[left],
-            memory_before[remaining] - memory_before[left],
-            num_left,
-            most,
-        )
-        shards.append(np.concatenate([places[left : left + taken_left], places[right - taken_right : right]]))
+    costs = np.stack([compute_seconds, memory_seconds])
+    loads = np.zeros((2, num_shards)) if begun is None else begun[:, :num_shards]
+    total = np.maximum(costs.sum(axis=1) + loads.sum(axis=1), _LEAST_SECONDS)[:, None]
+    shares, loads = costs / total, loads / total
+    is_dealt = shares.max(axis=0, initial=0.0) > 1 / (_LUMPS_OF_A_SHARD * num_shards)
+    if is_free is not None:
+        is_dealt &= is_free
+    if np.count_nonzero(~is_dealt) < num_shards:
+        is_dealt[:] = True
+    parts = _deal(np.flatnonzero(is_dealt), shares, loads)
+    others = np.flatnonzero(~is_dealt)
+    if len(others):
+        for shard, pieces in enumerate(_cut_from_both_ends(shares[:, others], loads)):
+            parts[shard] = np.concatenate([parts[shard], *(others[piece] for piece in pieces)])
+    return [np.sort(part) for part in parts]
+
+
+def _deal(
+    places: NDArray[np.int64], shares: NDArray[np.float64], loads: NDArray[np.float64]
+) -> list[NDArray[np.int64]]:
+    """Give each of `places`, the largest first, to the shard that it fills least; adds to `loads` [2, num_shards]."""
+    hands: list[list[int]] = [[] for _ in range(loads.shape[1])]
+    for place in places[np.argsort(-shares[:, places].max(axis=0, initial=0.0), kind="stable")].tolist():
+        filled = loads + shares[:, place : place + 1]
+        shard = int(np.lexsort((filled.sum(axis=0), filled.max(axis=0)))[0])
+        loads[:, shard] += shares[:, place]
+        hands[shard].append(place)
+    return [np.array(hand, dtype=np.int64) for hand in hands]
+
+
+def _cut_from_both_ends(shares: NDArray[np.float64], loads: NDArray[np.float64]) -> list[list[NDArray[np.int64]]]:
+    """Pieces for each shard of [2, num_requests] shares of the job, from the ends to the middle; adds to `loads`."""
+    num_requests, num_shards = shares.shape[1], loads.shape[1]
+    num_rounds = min(_PIECES_OF_A_SHARD, max(num_requests // (_LUMPS_OF_A_SHARD * num_shards), 1))
+    before = np.concatenate([np.zeros((2, 1)), np.cumsum(shares, axis=1)], axis=1)
+    pieces: list[list[NDArray[np.int64]]] = [[] for _ in range(num_shards)]
+    left, right = 0, num_requests
+    turns = [
+        shard if turn % 2 == 0 else num_shards - 1 - shard for turn in range(num_rounds) for shard in range(num_shards)
+    ]
+    for number, shard in enumerate(turns[:-1]):
+        wanted = (1 / num_shards - loads[:, shard]) / (num_rounds - number // num_shards)
+        compute, memory = before[:, left : right + 1] - before[:, left : left + 1]
+        most = right - left - (len(turns) - 1 - number)  # each later piece needs a request
+        taken_left, taken_right = _runs_of_one_shard(compute, memory, wanted, most)
+        piece = np.concatenate([np.arange(left, left + taken_left), np.arange(right - taken_right, right)])
+        loads[:, shard] += shares[:, piece].sum(axis=1)
+        pieces[shard].append(piece)
         left, right = left + taken_left, right - taken_right
-    shards.append(places[left:right])
-    return shards
+    pieces[turns[-1]].append(np.arange(left, right))
+    return pieces
 
 
 def _runs_of_one_shard(
-    compute: NDArray[np.float64], memory: NDArray[np.float64], num_shards: int, most: int
+    compute: NDArray[np.float64], memory: NDArray[np.float64], wanted: NDArray[np.float64], most: int
 ) -> tuple[int, int]:
-    """How many requests from the left and from the right make one of `num_shards` equal parts, 1 to `most` together.
+    """How many requests from the left and from the right hold `wanted` compute and memory time, 1 to `most` together.
 
-    `compute`, `memory` [num_remaining + 1]: seconds before each place. Requests are lumps: where the compute time fits
-    to the last request, the memory time may be off by many, so the right runs next to the solution are all weighed.
+    `compute`, `memory` [num_remaining + 1]: time before each place. For each left run one right run gives the compute
+    time; the longer the left run, the less memory time the two hold, so the left run is found by bisection. Requests
+    are lumps: where the compute time fits to the last request, the memory time may be off by many, so the right runs
+    next to the solution are all weighed.
     """
-    wanted_compute, wanted_memory = compute[-1] / num_shards, memory[-1] / num_shards
+    wanted_compute, wanted_memory = max(float(wanted[0]), 0.0), max(float(wanted[1]), 0.0)
 
     def right_run(taken_left: int) -> int:
         begin = int(np.searchsorted(compute, compute[-1] - max(wanted_compute - compute[taken_left], 0.0)))
@@ -72,7 +117,7 @@ def _runs_of_one_shard(
         runs = np.arange(taken_left == 0, min(right_run(max(low - 1, 0)) + 1, most - taken_left) + 1)
         compute_error = np.abs(compute[taken_left] + compute[-1] - compute[-1 - runs] - wanted_compute)
         memory_error = np.abs(memory[taken_left] + memory[-1] - memory[-1 - runs] - wanted_memory)
-        error = np.maximum(compute_error / compute[-1], memory_error / memory[-1])
+        error = np.maximum(compute_error, memory_error)
         if len(runs) and error.min() < least:
             best, least = (taken_left, int(runs[error.argmin()])), float(error.min())
     return best

@@ -159,10 +159,11 @@ class _LearningRun:
     def _assign(self, rows: NDArray[np.int64]) -> None:
         """Plan `rows`, which haven't been admitted, by all that has been seen."""
         lengths = self._estimate()
-        schedule = self._plan(rows, lengths, self._policy, self._costs)
-        for number, simulator in enumerate(self._simulators):
+        for simulator in self._simulators:
             admitted = simulator.admitted
             simulator.revise(admitted, lengths.estimated_tokens[admitted].astype(np.int64))
+        schedule = self._plan(rows, lengths, self._policy, self._costs)
+        for number, simulator in enumerate(self._simulators):
             shard = _shard(schedule, number, rows, self._job, lengths)
             simulator.assign(replace(shard, pace=_LEARNING_PACE))
 
@@ -170,7 +171,10 @@ class _LearningRun:
         started = time.monotonic()
         requests = self._job.subset(rows, lengths)
         num_shards = len(self._simulators)
-        schedule = schedule_requests(requests, policy=policy, seed=self._seed, num_shards=num_shards, costs=costs)
+        begun = np.array([simulator.begun_seconds() for simulator in self._simulators]).T
+        schedule = schedule_requests(
+            requests, policy=policy, seed=self._seed, num_shards=num_shards, costs=costs, begun=begun
+        )
         self._planning_seconds += time.monotonic() - started
         return schedule
 

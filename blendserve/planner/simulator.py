@@ -88,6 +88,13 @@ class Simulator:
         """[num_requests]: the output tokens so far of each of `requests`."""
         return np.array([self._count_produced(request) for request in requests.tolist()], dtype=np.int64)
 
+    def begun_seconds(self) -> tuple[float, float]:
+        """Compute and memory time that admitted requests still have to decode."""
+        left = WorkLeft(self._machine)
+        for request in self._unfinished():
+            left.expect(self._prompt[request], self._count_produced(request), self._estimate[request])
+        return left.compute, left.memory
+
     def revise(self, requests: NDArray[np.int64], estimates: NDArray[np.int64]) -> None:
         """Expect other output lengths of those of `requests` that decode or wait preempted; comes before `assign`."""
         waiting = set(self._preempted)
@@ -116,9 +123,8 @@ class Simulator:
         for request, estimate, footprint in lengths:
             self._estimate[request] = max(estimate, 1)
             self._footprint[request] = footprint
-        self._left.assign(float(shard.compute_seconds.sum()), float(shard.memory_seconds.sum()))
-        for request in self._unfinished():
-            self._left.expect(self._prompt[request], self._count_produced(request), self._estimate[request])
+        compute, memory = self.begun_seconds()
+        self._left.assign(compute + float(shard.compute_seconds.sum()), memory + float(shard.memory_seconds.sum()))
 
     def run(self, until_seconds: float = math.inf) -> None:
         """Step until every request has finished, or up to the first step that ends after `until_seconds`."""

@@ -10,29 +10,29 @@ _MIN_MEMORY_SECONDS = 1e-9
 class WorkLeft:
     """What is assigned, plus what admitted requests are expected to decode, less what has been done."""
 
-    __slots__ = ("_compute", "_decode_seconds", "_kv_seconds", "_memory")
+    __slots__ = ("_decode_seconds", "_kv_seconds", "compute", "memory")
 
     def __init__(self, machine: SimulatedMachine) -> None:
         self._decode_seconds = machine.decode_token_seconds
         self._kv_seconds = machine.constants.seconds_per_kv_token
-        self._compute = self._memory = 0.0
+        self.compute = self.memory = 0.0
 
     @property
     def density(self) -> float:
         """Compute over memory time of all that is left."""
-        return max(self._compute, 0.0) / max(self._memory, _MIN_MEMORY_SECONDS)
+        return max(self.compute, 0.0) / max(self.memory, _MIN_MEMORY_SECONDS)
 
     def assign(self, compute_seconds: float, memory_seconds: float) -> None:
-        """Start again with what a plan says of the requests that haven't been admitted."""
-        self._compute, self._memory = compute_seconds, memory_seconds
+        """Start again with what a plan says."""
+        self.compute, self.memory = compute_seconds, memory_seconds
 
     def expect(self, num_prompt_tokens: int, first: int, last: int) -> None:
         """Add decoding output tokens `first` to `last` of a request; take it off where last < first."""
-        self._compute += (last - first) * self._decode_seconds
+        self.compute += (last - first) * self._decode_seconds
         read = (last - first) * num_prompt_tokens + (last * last - first * first) / 2
-        self._memory += read * self._kv_seconds
+        self.memory += read * self._kv_seconds
 
     def do(self, work: StepWork) -> None:
         """Take off what has been done."""
-        self._compute -= work.needed_compute
-        self._memory -= work.memory
+        self.compute -= work.needed_compute
+        self.memory -= work.memory

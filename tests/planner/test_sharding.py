@@ -52,3 +52,19 @@ def test_number_of_shards():
     assert choose_num_shards(None, predicted_seconds=1e9, num_requests=3) == 3
     assert choose_num_shards(5, predicted_seconds=10, num_requests=100) == 5
     assert choose_num_shards(5, predicted_seconds=0, num_requests=0) == 0
+
+
+def test_the_longest_requests_are_dealt_to_different_shards():
+    # Cut from both ends alone, the first shard has all eight: equal sums, but it ends with them, alone.
+    compute, memory = np.ones(4008), np.full(4008, 0.1)
+    compute[-8:], memory[-8:] = 0.5, 100.0
+    shards = split_from_both_ends(compute, memory, 4)
+    assert [np.count_nonzero(shard >= 4000) for shard in shards] == [2, 2, 2, 2]
+
+
+def test_what_a_shard_has_begun_counts():
+    compute, memory = np.ones(4000), np.linspace(0.5, 1.5, 4000)
+    begun = np.array([[900.0, 0.0], [900.0, 0.0]])
+    first, second = split_from_both_ends(compute, memory, 2, begun=begun)
+    assert 900 + compute[first].sum() == pytest.approx(compute[second].sum(), rel=0.02)
+    assert 900 + memory[first].sum() == pytest.approx(memory[second].sum(), rel=0.02)
