@@ -78,6 +78,11 @@ class EngineSpec(_Spec):
         description="Prompt plus completion, in tokens. Empty: the model's own limit.",
     )
     prefix_cache: bool = Field(True, title="Prefix cache", description="Compute a shared prompt prefix once.")
+    deterministic: bool = Field(
+        False,
+        title="Deterministic",
+        description="Bitwise the same tokens whatever runs beside a request. Slower; on a CPU one request at a time.",
+    )
 
 
 class JobSpec(SamplingSpec, EngineSpec):

@@ -23,11 +23,13 @@ def padded_shape(num_decodes: int, num_prefill_tokens: int, num_chunks: int) -> 
         num_decodes = _padded_decodes(num_decodes)
         return StepShape(num_decodes, num_decodes, 0)
     num_tokens = _round_up(num_decodes + num_prefill_tokens, 128)
-    return StepShape(num_tokens, min(_round_up(num_decodes, 128), num_tokens), _round_up(num_chunks, _MAX_CHUNKS))
+    padded_decodes = next((size for size in (0, 128, 256, 512, 1024) if num_decodes <= size), num_tokens)
+    return StepShape(num_tokens, min(padded_decodes, num_tokens), _round_up(num_chunks, _MAX_CHUNKS))
 
 
 def is_captured(shape: StepShape) -> bool:
-    return shape.num_tokens <= _MAX_TOKENS and shape.num_chunks <= _MAX_CHUNKS
+    # Decodes that go through as chunks are many.
+    return shape.num_tokens <= _MAX_TOKENS and (shape.num_chunks <= _MAX_CHUNKS or shape.num_decodes == 0)
 
 
 def padded_samples(num_sampled: int) -> int:
@@ -35,16 +37,22 @@ def padded_samples(num_sampled: int) -> int:
     return _round_up(num_sampled, 16 if num_sampled <= 64 else 64)
 
 
-def shapes_to_prepare(max_num_seqs: int, max_num_batched_tokens: int) -> list[StepShape]:
-    """All captured shapes within these limits and one of each other kind, the largest first: they share its memory."""
-    decodes = {padded_shape(number, 0, 0) for number in range(1, max_num_seqs + 1)}
+def shapes_to_prepare(max_num_seqs: int, max_num_batched_tokens: int, has_chunks_only: bool) -> list[StepShape]:
+    """All captured shapes within these limits and one of each other kind, the largest first: they share its memory.
+
+    has_chunks_only: decodes go through as chunks.
+    """
     largest = min(_MAX_TOKENS, max_num_batched_tokens)
-    mixed = {
-        padded_shape(number, tokens - number, 1)
-        for tokens in [*range(128, largest + 1, 128), max_num_batched_tokens]
-        for number in range(0, min(tokens, max_num_seqs + 127), 128)
-    }
-    return sorted(decodes | mixed, key=lambda shape: (shape.num_tokens, shape.num_decodes), reverse=True)
+    all_tokens = [*range(128, largest + 1, 128), max_num_batched_tokens]
+    counts = range(0, max_num_seqs + 127, 128)
+    if has_chunks_only:
+        shapes = {padded_shape(0, tokens, min(count + 1, tokens)) for tokens in all_tokens for count in counts}
+    else:
+        shapes = {padded_shape(number, 0, 0) for number in range(1, max_num_seqs + 1)}
+        shapes |= {
+            padded_shape(number, tokens - number, 1) for tokens in all_tokens for number in counts if number < tokens
+        }
+    return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_decodes, shape.num_chunks), reverse=True)
 
 
 def _padded_decodes(num_decodes: int) -> int:

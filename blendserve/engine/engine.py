@@ -75,14 +75,17 @@ class LLMEngine:
         self._detokenizer = Detokenizer(model_folder, sampling.stop)
         self._eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
         is_dummy = spec.load_format == "dummy"
+        is_invariant = limits.is_batch_invariant
         weights = (
-            dummy_weights(config, dtype, device) if is_dummy else load_weights(model_folder, config, dtype, device)
+            dummy_weights(config, dtype, device, is_batch_invariant=is_invariant)
+            if is_dummy
+            else load_weights(model_folder, config, dtype, device, is_batch_invariant=is_invariant)
         )
         model = LlamaModel(config, weights, self.max_model_len)
         bytes_per_block = block_bytes(config, limits.block_size, dtype)
         num_blocks = spec.num_blocks or self._size_cache(model, bytes_per_block, max_useful_tokens, max_requests)
         self._kv_bytes_per_token = bytes_per_block // limits.block_size
-        self._kv_cache = KVCache(num_blocks, limits.block_size, spec.prefix_cache)
+        self._kv_cache = KVCache(num_blocks, limits.block_size, limits.has_prefix_cache)
         self._runner = ModelRunner(
             model,
             Sampler(sampling, device),
@@ -91,6 +94,7 @@ class LLMEngine:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
+            is_batch_invariant=is_invariant,
         )
         self._max_in_flight = max_in_flight or (2 if device.type == "cuda" else 1)
         self._texts: dict[int, GrowingText] = {}  # by position, where stop strings have to be looked for
@@ -105,7 +109,7 @@ class LLMEngine:
 
     def clear_prefix_cache(self) -> None:
         """Forget the prompts of earlier runs."""
-        self._kv_cache = KVCache(self._kv_cache.num_blocks, self._kv_cache.block_size, self._spec.prefix_cache)
+        self._kv_cache = KVCache(self._kv_cache.num_blocks, self._kv_cache.block_size, self._limits.has_prefix_cache)
 
     def run(
         self,

@@ -61,14 +61,16 @@ class ModelRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
-        use_graphs: bool = True,
+        is_batch_invariant: bool = False,
     ) -> None:
+        """is_batch_invariant: decodes go through prefill attention, whose tiles are the same for any batch."""
         config = model.config
         self._model = model
         self._sampler = sampler
         self._device = model.device
         self._is_gpu = model.device.type == "cuda"
         self._block_size = block_size
+        self._is_batch_invariant = is_batch_invariant
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
@@ -77,12 +79,12 @@ class ModelRunner:
         max_blocks = min(-(-max_model_len // block_size), num_blocks)
         self._tables = BlockTables(max_num_seqs, max_blocks, self._device)
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self._device)
-        num_tokens = max(max_num_batched_tokens, max_num_seqs) + 128
-        num_words = StepShape(num_tokens, max_num_seqs + 128, max_num_seqs + 128).num_words
+        most = max(max_num_batched_tokens, max_num_seqs) + 128  # of tokens, of decodes and of chunks, with padding
+        num_words = StepShape(most, most, most).num_words
         self._words = [self._host_words(num_words) for _ in range(_NUM_BUFFERS)]
         self._device_words = torch.zeros(num_words, dtype=torch.int64, device=self._device)
         self._results = [self._host_words(2 * max_num_seqs) for _ in range(_NUM_BUFFERS)]
-        self._captured = CapturedPasses(self._device) if self._is_gpu and use_graphs else None
+        self._captured = CapturedPasses(self._device) if self._is_gpu else None
         self._num_launched = 0
 
     @torch.inference_mode()
@@ -119,7 +121,7 @@ class ModelRunner:
         """Compile and capture for every shape of step, instead of when it first comes. Returns how many shapes."""
         if not self._is_gpu:
             return 0
-        shapes = shapes_to_prepare(self._max_num_seqs, self._max_num_batched_tokens)
+        shapes = shapes_to_prepare(self._max_num_seqs, self._max_num_batched_tokens, self._is_batch_invariant)
         tables = self._tables.device
         for shape in shapes:
             words = self._words[0][: shape.num_words]
@@ -160,10 +162,7 @@ class ModelRunner:
 
     def _hidden(self, batch: ScheduledBatch, host_words: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
         """What the head needs of the sampled tokens, [num_sampled, H]."""
-        num_decodes, num_chunks = len(batch.decode_rows), len(batch.prefills)
-        shape = StepShape(batch.num_tokens, num_decodes, num_chunks)
-        if self._is_gpu:
-            shape = padded_shape(num_decodes, batch.num_prefill_tokens, num_chunks)
+        shape = self._shape(batch)
         words = host_words[: shape.num_words]
         model_words(batch, shape, self._tables, self._block_size, words.numpy())
         words = self._device_words[: shape.num_words].copy_(words, non_blocking=True)
@@ -176,6 +175,14 @@ class ModelRunner:
             tables = tables[:, : -(-longest // self._block_size)]
         longest_chunk = max((chunk.num_tokens for chunk in batch.prefills), default=0)
         return self._forward(words, shape, tables, longest_chunk, sampled)
+
+    def _shape(self, batch: ScheduledBatch) -> StepShape:
+        num_decodes, num_chunks = len(batch.decode_rows), len(batch.prefills)
+        if self._is_batch_invariant:
+            return padded_shape(0, batch.num_tokens, num_decodes + num_chunks)
+        if self._is_gpu:
+            return padded_shape(num_decodes, batch.num_prefill_tokens, num_chunks)
+        return StepShape(batch.num_tokens, num_decodes, num_chunks)
 
     def _forward(
         self,

@@ -60,15 +60,18 @@ class BlockTables:
 
 
 def model_words(batch: ScheduledBatch, shape: StepShape, tables: BlockTables, block_size: int, out: IntArray) -> None:
-    """Fill `out`, int64 [shape.num_words]. A decode's token is known to the device alone: -1 - row stands for it."""
+    """Fill `out`, int64 [shape.num_words]. A decode's token is known to the device alone: -1 - row stands for it.
+
+    A shape without decodes takes them as chunks of one token.
+    """
     parts = np.split(out, np.cumsum(shape.sizes)[:-1])
     token_ids, positions, slots, decode_rows, decode_contexts, chunk_rows, chunk_contexts, chunk_starts = parts
-    num_decodes, num_chunks, num_tokens = len(batch.decode_rows), len(batch.prefills), batch.num_tokens
+    num_decodes, num_tokens = len(batch.decode_rows), batch.num_tokens
     rows = np.array([chunk.row for chunk in batch.prefills], dtype=np.int64)
     starts = np.array([chunk.start for chunk in batch.prefills], dtype=np.int64)
     lens = np.array([chunk.num_tokens for chunk in batch.prefills], dtype=np.int64)
     token_ids[:num_decodes] = -1 - batch.decode_rows
-    if num_chunks:
+    if batch.prefills:
         np.concatenate([chunk.token_ids for chunk in batch.prefills], out=token_ids[num_decodes:num_tokens])
     positions[:num_decodes] = batch.decode_positions
     positions[num_decodes:num_tokens] = ranges(starts, lens)
@@ -77,11 +80,17 @@ def model_words(batch: ScheduledBatch, shape: StepShape, tables: BlockTables, bl
     token_ids[num_tokens:] = positions[num_tokens:] = 0
     slots[num_tokens:] = -1
     padding_row = tables.device.shape[0] - 1
-    _fill(decode_rows, batch.decode_rows, padding_row)
-    _fill(decode_contexts, batch.decode_positions + 1, 0)
+    contexts = starts + lens
+    if shape.num_decodes:
+        _fill(decode_rows, batch.decode_rows, padding_row)
+        _fill(decode_contexts, batch.decode_positions + 1, 0)
+    else:
+        rows = np.concatenate((batch.decode_rows, rows))
+        contexts = np.concatenate((batch.decode_positions + 1, contexts))
+        lens = np.concatenate((np.ones(num_decodes, dtype=np.int64), lens))
     _fill(chunk_rows, rows, padding_row)
-    _fill(chunk_contexts, starts + lens, 0)
-    _fill(chunk_starts, num_decodes + np.concatenate(([0], np.cumsum(lens))), num_tokens)
+    _fill(chunk_contexts, contexts, 0)
+    _fill(chunk_starts, num_tokens - int(lens.sum()) + np.concatenate(([0], np.cumsum(lens))), num_tokens)
 
 
 def model_batch(

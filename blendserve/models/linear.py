@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from blendserve_kernels.linear import linear
 from blendserve_kernels.linear_silu_and_multiply import interleave_gate_up, linear_silu_and_multiply
 from blendserve_kernels.silu_and_multiply import silu_and_multiply
 
@@ -18,10 +19,14 @@ class Linear:
     time of torch's own linear, which packs them on each call. The packed copy is the only one that is kept here.
     """
 
-    __slots__ = ("_bias", "_is_packed", "_weight")
+    __slots__ = ("_bias", "_is_batch_invariant", "_is_packed", "_weight")
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, is_batch_invariant: bool = False
+    ) -> None:
+        """is_batch_invariant: on a GPU, a row's product is bitwise the same whatever the other rows are."""
         self._bias = bias
+        self._is_batch_invariant = is_batch_invariant
         has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         self._is_packed = has_onednn and weight.device.type == "cpu" and weight.dtype == torch.float32
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS) if self._is_packed else weight
@@ -31,6 +36,8 @@ class Linear:
         if self._is_packed:
             product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return product
+        if self._is_batch_invariant:
+            return linear(x, self._weight, self._bias)
         return torch.nn.functional.linear(x, self._weight, self._bias)
 
 
@@ -42,10 +49,20 @@ class GatedLinear:
 
     __slots__ = ("_weights",)
 
-    def __init__(self, gate: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        is_batch_invariant: bool = False,
+    ) -> None:
         """bias: [2 * out_features], of gate, then of up."""
-        is_fused = gate.is_cuda and bias is None and gate.shape[0] % 8 == 0
-        self._weights = interleave_gate_up(gate, up) if is_fused else Linear(torch.cat((gate, up)), bias)
+        self._weights: torch.Tensor | Linear
+        if gate.is_cuda and bias is None and gate.shape[0] % 8 == 0 and not is_batch_invariant:
+            self._weights = interleave_gate_up(gate, up)
+        else:
+            self._weights = Linear(torch.cat((gate, up)), bias, is_batch_invariant=is_batch_invariant)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[num_rows, in_features] → [num_rows, out_features]."""

@@ -44,8 +44,13 @@ class ModelWeights:
     head: Linear  # H → vocab_size
 
 
-def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelWeights:
-    """Read the *.safetensors in `folder`. Raises ModelError for a tensor that is missing or of another shape."""
+def load_weights(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, is_batch_invariant: bool = False
+) -> ModelWeights:
+    """Read the *.safetensors in `folder`. Raises ModelError for a tensor that is missing or of another shape.
+
+    is_batch_invariant: as for `Linear`.
+    """
     with ExitStack() as stack:
         files = {}
         try:
@@ -65,10 +70,17 @@ def load_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, device: 
                 )
             return found.to(dtype=dtype, device=device)
 
-        return _build(config, tensor)
+        return _build(config, tensor, is_batch_invariant)
 
 
-def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> ModelWeights:
+def dummy_weights(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    is_batch_invariant: bool = False,
+) -> ModelWeights:
     """Random weights, normal with standard deviation 0.02, norms 1: for benchmarks, no files needed."""
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -77,21 +89,23 @@ def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device,
             return torch.ones(shape, dtype=dtype, device=device)
         return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, _DUMMY_STD, generator=generator)
 
-    return _build(config, tensor)
+    return _build(config, tensor, is_batch_invariant)
 
 
-def _build(config: ModelConfig, tensor: TensorSource) -> ModelWeights:
+def _build(config: ModelConfig, tensor: TensorSource, is_batch_invariant: bool) -> ModelWeights:
     shape = (config.vocab_size, config.hidden_size)
     embedding = tensor("model.embed_tokens.weight", shape)
+    head = embedding if config.tie_word_embeddings else tensor("lm_head.weight", shape)
+    prefixes = [f"model.layers.{index}." for index in range(config.num_layers)]
     return ModelWeights(
         embedding=embedding,
-        layers=tuple(_layer(config, tensor, f"model.layers.{index}.") for index in range(config.num_layers)),
+        layers=tuple(_layer(config, tensor, prefix, is_batch_invariant) for prefix in prefixes),
         final_norm=tensor("model.norm.weight", (config.hidden_size,)),
-        head=Linear(embedding if config.tie_word_embeddings else tensor("lm_head.weight", shape)),
+        head=Linear(head, is_batch_invariant=is_batch_invariant),
     )
 
 
-def _layer(config: ModelConfig, tensor: TensorSource, prefix: str) -> LayerWeights:
+def _layer(config: ModelConfig, tensor: TensorSource, prefix: str, is_batch_invariant: bool) -> LayerWeights:
     hidden, intermediate, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     query, key = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
@@ -99,7 +113,8 @@ def _layer(config: ModelConfig, tensor: TensorSource, prefix: str) -> LayerWeigh
         """One product for several of the same input, named with how many features each puts out."""
         weights = [tensor(f"{prefix}{name}.weight", (rows, in_features)) for name, rows in parts.items()]
         biases = [tensor(f"{prefix}{name}.bias", (rows,)) for name, rows in parts.items() if has_bias]
-        return Linear(torch.cat(weights), torch.cat(biases) if has_bias else None)
+        bias = torch.cat(biases) if has_bias else None
+        return Linear(torch.cat(weights), bias, is_batch_invariant=is_batch_invariant)
 
     def norm(name: str, size: int) -> torch.Tensor:
         return tensor(f"{prefix}{name}.weight", (size,))
@@ -118,6 +133,7 @@ def _layer(config: ModelConfig, tensor: TensorSource, prefix: str) -> LayerWeigh
             tensor(f"{gate}.weight", (intermediate, hidden)),
             tensor(f"{up}.weight", (intermediate, hidden)),
             torch.cat(mlp_biases) if mlp_biases else None,
+            is_batch_invariant=is_batch_invariant,
         ),
         down=fused({"mlp.down_proj": hidden}, intermediate, config.has_mlp_bias),
     )
