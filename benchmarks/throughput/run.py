@@ -15,10 +15,11 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 LLAMA_3_1_8B = {
@@ -88,25 +89,29 @@ def write_equal_requests(name: str, folder: Path) -> Path:
     return folder
 
 
-def run_engine(engine: str, jobs: list[dict], settings: dict, scratch: Path) -> list[dict]:
-    """The engine's own figures for each job, from a process of its own."""
+def run_engine(engine: str, jobs: list[dict], settings: dict, scratch: Path, keep: Path) -> Iterator[dict]:
+    """The engine's own figures for each job, as they come, from a process of its own. Its log is kept."""
     request = scratch / f"{engine}.json"
     request.write_text(json.dumps({"jobs": jobs, "settings": settings, "model": str(scratch / "model")}))
-    script = Path(__file__).parent / f"{engine}_engine.py"
-    result = scratch / f"{engine}-result.jsonl"
+    result = keep / f"{engine}.jsonl"
+    result.unlink(missing_ok=True)
     environment = {**os.environ, "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    log = scratch / f"{engine}.log"
+    command = [sys.executable, str(Path(__file__).parent / f"{engine}_engine.py"), str(request), str(result)]
+    log = keep / f"{engine}.log"
     with log.open("w") as output:
-        status = subprocess.run(
-            [sys.executable, str(script), str(request), str(result)],
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        ).returncode
-    lines = result.read_text().splitlines() if result.exists() else []
-    if status != 0:
-        sys.stderr.write("\n".join(log.read_text().splitlines()[-40:]) + f"\n{engine} ended with status {status}\n")
-    return [json.loads(line) for line in lines]
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+    num_read, is_running = 0, True
+    while is_running:
+        is_running = process.poll() is None
+        lines = result.read_text().splitlines() if result.exists() else []
+        yield from map(json.loads, lines[num_read:])
+        num_read = len(lines)
+        time.sleep(0.5 if is_running else 0.0)
+    if process.returncode != 0:
+        sys.stderr.write("\n".join(log.read_text().splitlines()[-40:]))
+        sys.stderr.write(f"\n{engine} ended with status {process.returncode}\n")
 
 
 def commit() -> str:
@@ -130,6 +135,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         model_folder(scratch / "model")
+        keep = arguments.keep or scratch
         folders = {
             workload: str(write_equal_requests(workload, scratch / workload))
             if re.fullmatch(r"\d+x\d+\+\d+", workload)
@@ -142,24 +148,19 @@ def main() -> None:
             for order in arguments.order
         ]
         settings = {"limits": LIMITS, "options": options}
-        results = {engine: run_engine(engine, jobs, settings, scratch) for engine in arguments.engine}
-        if arguments.keep:
-            for path in [*scratch.glob("*.log"), *scratch.glob("steps-*.parquet")]:
-                shutil.copy(path, arguments.keep)
-    lines = []
-    for index, job in enumerate(jobs):
-        line = {"workload": job["workload"], "order": job["order"], "commit": arguments.commit}
-        for engine, figures in results.items():
-            if index < len(figures):
-                line[engine] = figures[index]
-        if all(name in line for name in ("blendserve", "vllm")):
-            line["ratio"] = line["blendserve"]["tokens_per_second"] / line["vllm"]["tokens_per_second"]
-        lines.append(line)
-        print(json.dumps(line), flush=True)
-    if arguments.output:
+        lines: list[dict] = [
+            {"workload": job["workload"], "order": job["order"], "commit": arguments.commit} for job in jobs
+        ]
         command = "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        content = {"command": command, "settings": settings, "runs": lines}
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+        for engine in arguments.engine:
+            for line, figures in zip(lines, run_engine(engine, jobs, settings, scratch, keep), strict=False):
+                line[engine] = figures
+                if all(name in line for name in ("blendserve", "vllm")):
+                    line["ratio"] = line["blendserve"]["tokens_per_second"] / line["vllm"]["tokens_per_second"]
+                print(json.dumps(line if len(arguments.engine) == 1 or "ratio" in line else {engine: line}), flush=True)
+                if arguments.output:
+                    content = {"command": command, "settings": settings, "runs": lines}
+                    arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
