@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from blendserve.errors import EngineOutOfMemoryError, EngineProcessError, Interrupted, InUseError, PlanError
+from blendserve.file_store import open_store
 from blendserve.manifest import PlanManifest, ShardManifest, read_manifest
 
 _POLL_SECONDS = 0.2
@@ -42,18 +43,22 @@ def run_shard_process(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    completions: str | None = None,
 ) -> ShardManifest:
     """Run a shard of the plan in `plan_folder` to its end and return its manifest.
 
     Finished rows of an earlier attempt are kept and not run again. `should_stop` is asked five times a second; when
     it says yes, or when this thread is interrupted, the engine writes out what is finished and ends.
+    `completions` is the folder or URL that the completions' folders lie in; by default what the plan says.
 
     Raises Interrupted when stopped, InUseError when another process has the shard, PlanError for an unknown shard or
     bad plan, EngineOutOfMemoryError or else EngineProcessError.
     """
     plan = read_manifest(plan_folder / "plan.json", PlanManifest)
+    place = completions or str((plan_folder / plan.completions).resolve())
     # The engine ends with us, however we end: the pipe to its stdin closes.
-    command = [sys.executable, "-m", "blendserve.engine.run_shard", "--stop-at-eof", str(plan_folder), str(shard)]
+    command = [sys.executable, "-m", "blendserve.engine.run_shard", "--stop-at-eof", "--completions", place]
+    command += [str(plan_folder), str(shard)]
     with subprocess.Popen(  # noqa: S603 - our own module, no shell
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment()
     ) as process:
@@ -64,8 +69,8 @@ def run_shard_process(
             _stop(process)
             raise
     if status == 0:
-        completions = (plan_folder / plan.completions).resolve()
-        return read_manifest(completions / f"shard-{shard:05d}" / "shard.json", ShardManifest)
+        content = open_store(f"{place}/shard-{shard:05d}").read("shard.json")
+        return ShardManifest.model_validate_json(content or b"")
     detail = "\n".join(lines) or "it wrote nothing"
     if status in (Interrupted.exit_status, -2, -15):
         raise Interrupted(f"Shard {shard} was stopped. What is finished is kept; run again to go on.")

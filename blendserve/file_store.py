@@ -7,6 +7,7 @@ file system that takes exclusive creation and rename, on an object store a condi
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,6 +128,12 @@ class ObjectStore:
 
     def remove_unfinished(self) -> None:
         """There is nothing of the kind: an object appears when all of it was sent."""
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What fsspec raises when a place can't be reached; botocore has errors of its own, where it is loaded."""
+    botocore = sys.modules.get("botocore.exceptions")
+    return (OSError, ValueError, ImportError, *([botocore.BotoCoreError] if botocore else []))
 
 
 def open_store(place: Path | str) -> FileStore:

@@ -16,6 +16,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from blendserve.errors import InputError
+from blendserve.file_store import store_errors
 
 _BATCH_ROWS = 4096
 _HASH_BYTES = 1 << 22
@@ -75,7 +76,7 @@ def open_input(stated: str) -> InputFiles:
     try:
         filesystem, path = fsspec.core.url_to_fs(stated)
         paths = _list_paths(filesystem, path)
-    except (OSError, ValueError, ImportError) as error:
+    except store_errors() as error:
         raise InputError(f"Input {stated} can't be reached: {error}.") from error
     if not paths:
         raise InputError(

@@ -9,7 +9,8 @@ there is done: calling it again only reports, which is what makes a job that was
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from blendserve.preflight import ExaminedJob, examine
 from blendserve.schemas import RESULT_COLUMNS
 from blendserve.spec import JobSpec
 from blendserve.step import step, timings
+from blendserve.working_copy import working_copy
 
 Announce = Callable[[str, dict[str, Any]], None]
 
@@ -45,9 +47,8 @@ def run(
     On a finished job this does nothing but return the manifest with `already_done` set.
     """
     announce = on_step or (lambda _step, _result: None)
-    examined = examine(spec)
-    folder = examined.folder
-    with holding(folder):
+    with working_copy(spec.output) as root, _held(spec, root) as examined:
+        folder = examined.folder
         announce("extract", _extract(examined))
         if folder.success.is_file():
             return {**_read_final_manifest(folder), "already_done": True}
@@ -67,9 +68,8 @@ def run(
 def preview(spec: JobSpec, *, on_step: Announce | None = None) -> PlanManifest:
     """Plan the job without running anything. A later `run` plans again, with the lengths that its sample shows."""
     announce = on_step or (lambda _step, _result: None)
-    examined = examine(spec)
-    folder = examined.folder
-    with holding(folder):
+    with working_copy(spec.output) as root, _held(spec, root) as examined:
+        folder = examined.folder
         announce("extract", _extract(examined))
         announce("tokenize", tokenize(folder.root))
         announce("analyze", analyze(folder.root))
@@ -78,24 +78,24 @@ def preview(spec: JobSpec, *, on_step: Announce | None = None) -> PlanManifest:
         return made
 
 
-def preflight(spec: JobSpec) -> dict[str, Any]:
-    """Check all that can be checked before any work starts: input, columns, template, model, output folder.
+def preflight(spec: JobSpec, root: Path | None = None) -> dict[str, Any]:
+    """Check all that can be checked before any work starts: input, columns, template, model, output folder (at `root`).
 
     Raises InputError, UsageError, ModelError or OutputError; changes nothing but creating the output folder.
     """
-    examined = examine(spec)
+    examined = examine(spec, root)
     return {
         "num_files": len(examined.files.paths),
         "num_rows": examined.files.num_rows,
         "architecture": examined.architecture,
         "model_folder": examined.record.model_folder,
-        "output": str(examined.folder.root),
+        "output": spec.output,
     }
 
 
-def extract(spec: JobSpec) -> dict[str, Any]:
+def extract(spec: JobSpec, root: Path | None = None) -> dict[str, Any]:
     """Claim the output folder; copy the input rows and make a request of each: `input_rows`, `requests`."""
-    return _extract(examine(spec))
+    return _extract(examine(spec, root))
 
 
 def tokenize(root: Path) -> dict[str, Any]:
@@ -186,9 +186,11 @@ def run_shard(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    completions: str | None = None,
 ) -> ShardManifest:
-    """Run one shard in a process of its own: `completions/shard-*/`. A finished shard is not run again."""
-    return run_shard_process(find_plan(plan_dir), shard, on_progress=on_progress, should_stop=should_stop)
+    """Run one shard in a process of its own: `completions/shard-*/`, or below the URL `completions`. Once only."""
+    plan_dir = find_plan(plan_dir)
+    return run_shard_process(plan_dir, shard, on_progress=on_progress, should_stop=should_stop, completions=completions)
 
 
 def merge(root: Path, *, allow_missing: bool = False) -> dict[str, Any]:
@@ -254,6 +256,13 @@ def show(root: Path, num_rows: int) -> dict[str, Any]:
     rows = results.take([position * total // num_rows for position in range(min(num_rows, total))]).to_pylist()
     shards = [read_manifest(path, ShardManifest) for path in sorted(folder.completions.glob("shard-*/shard.json"))]
     return {"rows": rows, "manifest": manifest, "real_seconds": sum(shard.seconds for shard in shards)}
+
+
+@contextmanager
+def _held(spec: JobSpec, root: Path) -> Iterator[ExaminedJob]:
+    examined = examine(spec, root)
+    with holding(examined.folder, spec.output):
+        yield examined
 
 
 def _extract(examined: ExaminedJob) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blendserve.errors import OutputError
-from blendserve.file_store import LocalStore
+from blendserve.file_store import open_store
 from blendserve.input_files import InputFiles
 from blendserve.job_folder import JobFolder
 from blendserve.lease import acquire_lease
@@ -133,13 +133,13 @@ def _discard(folder: JobFolder) -> None:
 
 
 @contextmanager
-def holding(folder: JobFolder) -> Iterator[None]:
-    """Hold the job, so that two runs of it can't work on its folder at once.
+def holding(folder: JobFolder, place: str | None = None) -> Iterator[None]:
+    """Hold the job, so that two runs of it can't work in its folder, or at the URL `place`, at once.
 
     Raises InUseError when another process holds it.
     """
     with writing_to(folder.root):
-        lease = acquire_lease(LocalStore(folder.root), f"Output folder {folder.root}")
+        lease = acquire_lease(open_store(place or folder.root), f"Output folder {place or folder.root}")
     with lease:
         yield
 

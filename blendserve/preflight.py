@@ -28,13 +28,16 @@ class ExaminedJob:
     architecture: str
 
 
-def examine(spec: JobSpec) -> ExaminedJob:
-    """Raises InputError, UsageError, ModelError or OutputError; changes nothing but creating the output folder."""
+def examine(spec: JobSpec, root: Path | None = None) -> ExaminedJob:
+    """Check the job; `root` is where its output folder lies for now, when `spec.output` is no local folder.
+
+    Raises InputError, UsageError, ModelError or OutputError; changes nothing but creating the output folder.
+    """
     files = _queried(open_input(spec.input), spec)
     RequestReader.of(spec, files.schema)
     model_folder = resolve_model(spec.model)
     architecture = ModelConfig.load(model_folder).architecture
-    folder = JobFolder(Path(spec.output).absolute())
+    folder = JobFolder(root or Path(spec.output).absolute())
     record = JobRecord.of(spec, files, model_folder)
     check_claimable(folder, record)
     return ExaminedJob(folder, files, record, architecture)

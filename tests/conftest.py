@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Models here are tiny: threads would only wait for each other. Before torch is imported, and for child processes too.
@@ -59,3 +60,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With CHAT_TEMPLATE."""
     return build_tiny_model(tmp_path_factory.mktemp("tiny_chat_model"), chat_template=CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[dict[str, str]]:
+    """A running S3-compatible object store, as the environment that leads to it."""
+    from tests.object_store import running_object_store
+
+    with running_object_store() as environment:
+        yield environment

@@ -18,8 +18,11 @@ from airflow.utils.session import create_session
 from fastapi import Depends, FastAPI, Response
 from sqlalchemy import select
 
-from blendserve.airflow.operators import PROGRESS_KEY, RUN_FOLDER_KEY
+from blendserve.airflow.base import PROGRESS_KEY
+from blendserve.airflow.operators import RUN_FOLDER_KEY
+from blendserve.file_store import open_store
 from blendserve.job_folder import JobFolder
+from blendserve.working_copy import is_url
 
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
 REPORT_HEADERS = {
@@ -49,25 +52,28 @@ app = FastAPI(title="BlendServe reports", docs_url=None, redoc_url=None, openapi
 )
 def report(dag_id: str, run_id: str) -> Response:
     """The HTML report of the run, or the state of its shards as long as there is none."""
-    folders = _job_folders(dag_id, run_id)
-    pages = [folder.report for folder in folders if _is_readable(folder)]
+    places = _job_folders(dag_id, run_id)
+    pages = [page for page in map(_read_report, places) if page is not None]
     if pages:
-        return Response(pages[-1].read_bytes(), media_type="text/html", headers=REPORT_HEADERS)
-    body = _progress_table(_progress(dag_id, run_id)) if folders else "<p>This run has started no BlendServe job.</p>"
+        return Response(pages[-1], media_type="text/html", headers=REPORT_HEADERS)
+    body = _progress_table(_progress(dag_id, run_id)) if places else "<p>This run has started no BlendServe job.</p>"
     return Response(PAGE.format(body=body), media_type="text/html", headers=PROGRESS_HEADERS)
 
 
-def _is_readable(folder: JobFolder) -> bool:
-    """Whether the folder holds a job and its report: a path in an XCom alone opens no other file."""
-    return folder.job.is_file() and folder.report.is_file() and not folder.report.is_symlink()
+def _read_report(place: str) -> bytes | None:
+    """The report of the job at a path or URL: a place in an XCom alone opens no other file."""
+    if not is_url(place) and JobFolder(Path(place)).report.is_symlink():
+        return None
+    store = open_store(place)
+    return store.read("report.html") if store.read("job.json") is not None else None
 
 
-def _job_folders(dag_id: str, run_id: str) -> list[JobFolder]:
-    """The folders of the run's jobs, the latest last."""
+def _job_folders(dag_id: str, run_id: str) -> list[str]:
+    """The folders, or URLs, of the run's jobs, the latest last."""
     query = XComModel.get_many(run_id=run_id, dag_ids=dag_id, key=RUN_FOLDER_KEY)
     with create_session() as session:
         found = sorted(session.scalars(query), key=lambda entry: entry.timestamp)
-        return [JobFolder(Path(XComModel.deserialize_value(entry))) for entry in found]
+        return [str(XComModel.deserialize_value(entry)) for entry in found]
 
 
 def _progress(dag_id: str, run_id: str) -> list[dict[str, Any]]:

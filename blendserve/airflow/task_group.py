@@ -16,9 +16,10 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from airflow.sdk import Asset, TaskGroup
+from airflow.sdk import Asset, RetryPolicy, TaskGroup
 
 from blendserve.airflow import configuration
+from blendserve.airflow.base import plain_options
 from blendserve.airflow.operators import (
     AnalyzeOperator,
     ExtractOperator,
@@ -31,6 +32,7 @@ from blendserve.airflow.operators import (
     SampleOperator,
     TokenizeOperator,
 )
+from blendserve.airflow.retries import RETRY_POLICY
 from blendserve.errors import UsageError
 from blendserve.spec import JobSpec
 
@@ -42,11 +44,20 @@ class BlendServePlan(TaskGroup):  # type: ignore[misc]
 
     :param group_id: name of the group in the DAG.
     :param use_params: the run's params (the trigger form) win over the options.
+    :param storage_conn_id: connection of the type “BlendServe object store”, for jobs on one.
     :param options: fields of `JobSpec`.
     """
 
-    def __init__(self, group_id: str = "blendserve_plan", *, use_params: bool = False, **options: Any) -> None:
-        super().__init__(group_id=group_id)
+    def __init__(
+        self,
+        group_id: str = "blendserve_plan",
+        *,
+        use_params: bool = False,
+        storage_conn_id: str | None = None,
+        **options: Any,
+    ) -> None:
+        options, named = plain_options(options)
+        super().__init__(group_id=group_id, default_args={"storage_conn_id": storage_conn_id or named})
         with self:
             root, prepared = _prepare(options, use_params)
             prepared >> PlanOperator(task_id="plan", root=root, is_preview=True)
@@ -61,11 +72,13 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
 
     :param group_id: name of the group in the DAG.
     :param use_params: the run's params (the trigger form) win over the options.
+    :param storage_conn_id: connection of the type “BlendServe object store”, for jobs on one.
     :param results_asset: gets an event with `rows`, `failed` and `path` when the job is done.
     :param pool: pool of the tasks that run the engine; by default `[blendserve] gpu_pool`.
     :param queue: queue of these tasks; by default `[blendserve] gpu_queue`, or else the executor's default queue.
     :param retries: attempts after the first one; each goes on where the last one stopped.
     :param retry_delay: time before the next attempt; by default `[blendserve] retry_delay_seconds`.
+    :param retry_policy: which failures are tried again; by default `RETRY_POLICY`.
     :param execution_timeout: longest time for one shard.
     :param options: fields of `JobSpec`.
     """
@@ -75,16 +88,26 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
         group_id: str = "blendserve",
         *,
         use_params: bool = False,
+        storage_conn_id: str | None = None,
         results_asset: Asset | None = None,
         pool: str | None = None,
         queue: str | None = None,
         retries: int = 2,
         retry_delay: timedelta | None = None,
+        retry_policy: RetryPolicy | None = None,
         execution_timeout: timedelta = DEFAULT_EXECUTION_TIMEOUT,
         **options: Any,
     ) -> None:
         delay = retry_delay or timedelta(seconds=configuration.get_integer("retry_delay_seconds"))
-        super().__init__(group_id=group_id, default_args={"retries": retries, "retry_delay": delay})
+        options, named = plain_options(options)
+        storage_conn_id = storage_conn_id or named
+        shared = {
+            "retries": retries,
+            "retry_delay": delay,
+            "retry_policy": retry_policy or RETRY_POLICY,
+            "storage_conn_id": storage_conn_id,
+        }
+        super().__init__(group_id=group_id, default_args=shared)
         on_gpu = _gpu_placement(pool, queue) | {"execution_timeout": execution_timeout}
         with self:
             root, prepared = _prepare(options, use_params)

@@ -61,6 +61,7 @@ def run_shard(
     *,
     should_stop: Callable[[], bool],
     on_progress: Callable[[Progress], None] | None,
+    completions: str | None = None,
 ) -> ShardManifest:
     """Run what is left of a shard of the plan in `plan_dir`; returns at once when nothing is.
 
@@ -70,7 +71,8 @@ def run_shard(
     """
     plan = read_manifest(plan_dir / "plan.json", PlanManifest)
     shard_plan = _find_shard(plan, shard, plan_dir)
-    folder = ShardFolder((plan_dir / plan.completions).resolve() / f"shard-{shard:05d}")
+    place = completions or str((plan_dir / plan.completions).resolve())
+    folder = ShardFolder(f"{place}/shard-{shard:05d}")
     if (finished := _finished(folder, plan)) is not None:
         return finished
     with folder.locked():
@@ -238,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m blendserve.engine.run_shard", description="Run a plan's shard.")
     parser.add_argument("plan_dir", type=Path, help="the folder of plan.json")
     parser.add_argument("shard", type=int, help="the shard's number, from 0")
+    parser.add_argument("--completions", help="folder or URL of the completions' folder; by default the plan's")
     parser.add_argument("--stop-at-eof", action="store_true", help="stop when stdin is closed, as by a dead parent")
     arguments = parser.parse_args(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
@@ -247,7 +250,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.stop_at_eof:
         threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
     try:
-        manifest = run_shard(arguments.plan_dir, arguments.shard, should_stop=stop.is_set, on_progress=_write_progress)
+        manifest = run_shard(
+            arguments.plan_dir,
+            arguments.shard,
+            should_stop=stop.is_set,
+            on_progress=_write_progress,
+            completions=arguments.completions,
+        )
     except BlendServeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_status

@@ -10,13 +10,30 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from airflow.sdk import RetryAction
 from airflow.sdk._shared.secrets_masker import redact
 from airflow.sdk.exceptions import AirflowFailException
 
 from blendserve import job
 from blendserve.airflow.job_options import job_spec
-from blendserve.airflow.operators import GateOperator, PlannedShard, PreflightOperator, RunShardOperator
-from blendserve.errors import Interrupted, ReconciliationError
+from blendserve.airflow.operators import (
+    GateOperator,
+    PlannedShard,
+    PlanOperator,
+    PreflightOperator,
+    RunShardOperator,
+    SampleOperator,
+)
+from blendserve.errors import (
+    BlendServeError,
+    EngineOutOfMemoryError,
+    EngineProcessError,
+    Interrupted,
+    InUseError,
+    ModelError,
+    ReconciliationError,
+    UsageError,
+)
 
 
 class StateStore(dict[str, Any]):
@@ -75,8 +92,10 @@ def test_what_only_the_user_can_mend_ends_the_task_for_good(
 ) -> None:
     context["params"] |= {"model": str(tiny_model)} | form
     monkeypatch.setenv("AIRFLOW__BLENDSERVE__ALLOWED_PATHS", f"{workspace},{tiny_model}")
-    with pytest.raises(AirflowFailException, match=reason):
-        PreflightOperator(task_id="preflight", use_params=True).execute(context)
+    operator = PreflightOperator(task_id="preflight", use_params=True)
+    with pytest.raises(BlendServeError, match=reason) as caught:
+        operator.execute(context)
+    assert operator.retry_policy.evaluate(caught.value, 1, 3).action is RetryAction.FAIL
 
 
 def test_sql_of_the_form_runs_without_access_to_files(
@@ -85,7 +104,7 @@ def test_sql_of_the_form_runs_without_access_to_files(
     context["params"] |= {"model": str(tiny_model), "sql": "select * from read_csv('/etc/passwd')"}
     monkeypatch.setenv("AIRFLOW__BLENDSERVE__ALLOWED_PATHS", f"{workspace},{tiny_model}")
     monkeypatch.setenv("AIRFLOW__BLENDSERVE__ALLOW_FREE_SQL", "True")
-    with pytest.raises(AirflowFailException, match=r"Option 'sql': .* disabled by configuration"):
+    with pytest.raises(UsageError, match=r"Option 'sql': .* disabled by configuration"):
         PreflightOperator(task_id="preflight", use_params=True).execute(context)
 
 
@@ -95,7 +114,7 @@ def test_model_folder_with_pickled_weights_is_refused(
     shutil.copytree(tiny_model, workspace / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     (workspace / "model" / "pytorch_model.bin").write_bytes(pickle.dumps({}))
     context["params"]["model"] = "model"
-    with pytest.raises(AirflowFailException, match=r"only pytorch_model\.bin, which are pickles"):
+    with pytest.raises(ModelError, match=r"only pytorch_model\.bin, which are pickles"):
         PreflightOperator(task_id="preflight", use_params=True).execute(context)
 
 
@@ -126,11 +145,31 @@ def test_passwords_in_urls_are_hidden_in_rendered_fields(context: dict[str, Any]
     assert "s3://me:***@bucket/x" in shown and "hunter" not in shown
 
 
+@pytest.mark.parametrize(
+    ("error", "action"),
+    [
+        (EngineOutOfMemoryError("CUDA out of memory"), RetryAction.RETRY),
+        (InUseError("in use"), RetryAction.RETRY),
+        (EngineProcessError("a bug"), RetryAction.DEFAULT),
+        (Interrupted("stopped"), RetryAction.DEFAULT),
+        (ModelError("no such model"), RetryAction.FAIL),
+    ],
+)
+def test_which_failures_are_tried_again(error: BlendServeError, action: RetryAction) -> None:
+    for operator in (SampleOperator(task_id="sample", root="/job"), PlanOperator(task_id="plan", root="/job")):
+        decision = operator.retry_policy.evaluate(error, 1, 3)
+        assert decision.action is action
+        assert (
+            type(operator.retry_policy).deserialize(operator.retry_policy.serialize()).evaluate(error, 1, 3) == decision
+        )
+
+
 def test_killed_shard_asks_the_engine_to_stop(context: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     shard: PlannedShard = {"shard": 2, "density": 1.0, "num_requests": 5, "predicted_seconds": 1.0}
     operator = RunShardOperator(task_id="run_shard", root="/job", shard=shard)
 
-    def run_shard(plan_folder: Path, number: int, *, on_progress: Any, should_stop: Any) -> None:
+    def run_shard(plan_folder: Path, number: int, *, on_progress: Any, should_stop: Any, completions: Any) -> None:
+        assert completions is None, "those of the plan"
         assert (plan_folder, number) == (Path("/job/plan"), 2)
         on_progress({"event": "progress", "shard": 2, "done": 1, "total": 5})
         on_progress({"event": "progress", "shard": 2, "done": 2, "total": 5})

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow.parquet as pq
 import pytest
 
 from blendserve.airflow.standalone import is_healthy
+from tests import object_store as stores
 
 DAGS = Path(__file__).resolve().parents[2] / "dags"
 
@@ -114,6 +116,51 @@ with DAG("own", schedule=None, params={{"name": "first"}}):
     assert pq.read_table(job / "results")["num_completion_tokens"].to_pylist() == [150] * 12
     prompts = pq.read_table(job / "work" / "requests.parquet")["prompt"].to_pylist()
     assert prompts[:2] == ["Is it a? 0 things", "Is it b? Say yes or no to this: is 1 even?"]
+
+
+def test_own_dag_from_object_store_to_object_store(
+    airflow_environment: dict[str, str],
+    workspace: Path,
+    tiny_model: Path,
+    object_store: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Credentials come from a connection, which an ObjectStoragePath names; the query from a file beside the DAG."""
+    bucket = stores.use(monkeypatch, object_store)
+    fsspec.filesystem("s3").put_file(str(workspace / "requests.parquet"), f"{bucket}/in/requests.parquet")
+    dags = workspace / "dags"
+    dags.mkdir()
+    (dags / "rows.sql").write_text("select * from input where kind = '{{ params.kind }}'")
+    (dags / "own.py").write_text(
+        f"""
+from airflow.sdk import DAG, ObjectStoragePath
+from blendserve.airflow import BlendServeBatch
+
+with DAG("own", schedule=None, params={{"kind": "b"}}):
+    BlendServeBatch(
+        input=ObjectStoragePath("{bucket}/in", conn_id="store"),
+        output="{bucket}/out/{{{{ params.kind }}}}",
+        model={str(tiny_model)!r},
+        sql="rows.sql",
+        max_tokens=3,
+        shards=2,
+        retries=0,
+    )
+"""
+    )
+    connection = {
+        "conn_type": "blendserve_object_store",
+        "login": "test",
+        "password": "test",
+        "extra": {"endpoint_url": object_store["AWS_ENDPOINT_URL"], "region_name": "us-east-1"},
+    }
+    environment = {name: value for name, value in airflow_environment.items() if not name.startswith("AWS_")}
+    status, output = run(environment | {"AIRFLOW_CONN_STORE": json.dumps(connection)}, workspace, "own", dags)
+    assert status == 0, output
+    results = pq.read_table(f"{bucket.removeprefix('s3://')}/out/b/results", filesystem=fsspec.filesystem("s3"))
+    assert results["request_id"].to_pylist() == [f"row-{number}" for number in range(1, 12, 2)]
+    assert fsspec.filesystem("s3").exists(f"{bucket}/out/b/_SUCCESS")
+    assert "s3:" not in [path.name for path in workspace.iterdir()], "no URL was taken for a path"
 
 
 def test_make_airflow_starts_one_that_is_healthy(airflow_environment: dict[str, str], workspace: Path) -> None:

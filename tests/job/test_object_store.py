@@ -1,0 +1,179 @@
+"""An object store as input and output: leases and parts on it, and what a step stages and publishes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from blendserve import job, lease
+from blendserve.errors import InputError, InUseError, OutputError
+from blendserve.file_store import FileStore, open_store
+from blendserve.input_files import open_input
+from blendserve.lease import acquire_lease, counted_files
+from blendserve.spec import JobSpec
+from blendserve.working_copy import working_copy
+from tests import object_store as stores
+
+
+@pytest.fixture
+def bucket(object_store: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    return stores.use(monkeypatch, object_store)
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> FileStore:
+    if request.param == "local":
+        return open_store(tmp_path / "folder")
+    return open_store(f"{request.getfixturevalue('bucket')}/some/folder/")
+
+
+@pytest.fixture(autouse=True)
+def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.6)
+
+
+def names(bucket: str) -> list[str]:
+    files = fsspec.filesystem("s3")
+    files.invalidate_cache()
+    return [name.split("/", 1)[1] for name in sorted(files.find(bucket))]
+
+
+def test_files_of_a_store(store: FileStore) -> None:
+    assert store.read("a/1") is None and store.names("a/") == [] and store.names("a") == []
+    assert store.create("a/1", b"first")
+    assert not store.create("a/1", b"second")
+    store.write("a/2", b"two")
+    store.write("ab", b"beside")
+    assert store.read("a/1") == b"first"
+    assert store.names("a/") == ["a/1", "a/2"]
+    assert store.names("a/2") == ["a/2"]
+    store.write("a/2", b"again")
+    assert store.read("a/2") == b"again"
+    store.remove("a/2")
+    store.remove("a/2")
+    assert store.names("a/") == ["a/1"]
+
+
+def test_lease_is_taken_over_and_the_late_part_does_not_count(
+    store: FileStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease.Lease, "_keep_alive", lambda _self: None)
+    first = acquire_lease(store, "Shard 0", prefixes=["part-"])
+    kept = f"part-{first.attempt}-00000.parquet"
+    store.write(kept, b"rows")
+    claim = json.loads(store.read("leases/00001.json") or b"")
+    store.write("leases/00001.json", json.dumps(claim | {"machine": "another x y"}).encode())
+    second = acquire_lease(store, "Shard 0", prefixes=["part-"])
+    store.write(f"part-{first.attempt}-00001.parquet", b"late rows")
+    assert counted_files(store, "part-") == [kept]
+    with pytest.raises(InUseError):
+        first.close([])
+    second.close([kept])
+    assert counted_files(store, "part-") == [kept]
+
+
+@pytest.fixture
+def spec(bucket: str, tiny_model: Path) -> Iterator[JobSpec]:
+    table = pa.table({"id": [f"row-{n}" for n in range(12)], "prompt": [f"number {n}" for n in range(12)]})
+    with fsspec.open(f"{bucket}/in/day=1/rows.parquet", "wb") as file:
+        pq.write_table(table, file)
+    yield JobSpec(
+        input=f"{bucket}/in", output=f"{bucket}/out", model=str(tiny_model), id_column="id", max_tokens=4, shards=2
+    )
+
+
+def test_whole_job_from_object_store_to_object_store(spec: JobSpec, bucket: str) -> None:
+    manifest = job.run(spec)
+    assert manifest["counts"]["succeeded"] == 12
+    results = pq.read_table(f"{bucket.removeprefix('s3://')}/out/results", filesystem=fsspec.filesystem("s3"))
+    assert results["id"].to_pylist() == [f"row-{n}" for n in range(12)]
+    assert results["day"].to_pylist() == [1] * 12
+    assert {"out/_SUCCESS", "out/job.json", "out/report.html", "out/manifest.json"} <= set(names(bucket))
+    assert job.run(spec)["already_done"]
+
+
+def test_steps_go_on_from_what_the_object_store_holds(spec: JobSpec, bucket: str) -> None:
+    """Each step in a local copy of its own, as on machines that share nothing else."""
+    with working_copy(spec.output, []) as root:
+        job.extract(spec, root)
+    steps: list[tuple[Any, list[str]]] = [
+        (job.tokenize, ["work/requests.parquet"]),
+        (job.analyze, ["work/tokenized_requests.parquet"]),
+        (job.run_sample, ["work/*", "sample/*"]),
+        (job.plan, ["work/*", "completions/*"]),
+    ]
+    for step, reads in steps:
+        with working_copy(spec.output, reads) as root:
+            step(root)
+    for shard in (0, 1):
+        with working_copy(spec.output, [f"plan/*shard-{shard:05d}.parquet"]) as root:
+            job.run_shard(root / "plan", shard, completions=f"{spec.output}/completions")
+    assert {f"out/completions/shard-0000{shard}/shard.json" for shard in (0, 1)} <= set(names(bucket))
+    with working_copy(spec.output, ["work/*", "completions/*"]) as root:
+        assert job.merge(root)["succeeded"] == 12
+    with working_copy(spec.output, []) as root:
+        job.finish(root)
+    assert "out/_SUCCESS" in names(bucket)
+
+
+def test_other_files_are_there_by_name_only(bucket: str) -> None:
+    store = open_store(f"{bucket}/job")
+    for name in ("job.json", "work/a.parquet", "work/b.parquet", "plan/plan.json"):
+        store.write(name, name.encode())
+    with working_copy(f"{bucket}/job", ["work/a.parquet"]) as root:
+        assert (root / "work/a.parquet").read_bytes() == b"work/a.parquet"
+        assert (root / "plan/plan.json").read_bytes() == b"plan/plan.json"
+        assert (root / "work/b.parquet").read_bytes() == b""
+        (root / "plan/plan.json").unlink()
+        (root / "work/a.parquet").write_bytes(b"changed")
+        (root / "work/.c.parquet.1.tmp").write_bytes(b"half")
+    assert names(bucket) == ["job/job.json", "job/work/a.parquet", "job/work/b.parquet"]
+    assert store.read("work/a.parquet") == b"changed"
+    assert store.read("work/b.parquet") == b"work/b.parquet", "what wasn't fetched isn't sent back"
+
+
+def test_manifests_are_published_after_what_they_speak_of(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = fsspec.filesystem("s3")
+    sent: list[str] = []
+    put_file = files.put_file
+    monkeypatch.setattr(files, "put_file", lambda local, remote: (sent.append(remote), put_file(local, remote)))
+    with working_copy(f"{bucket}/job") as root:
+        for name in ("_SUCCESS", "job.json", "manifest.json", "plan/plan.json", "plan/shards-1/x.parquet", "results/y"):
+            (root / name).parent.mkdir(exist_ok=True, parents=True)
+            (root / name).write_text(name)
+    order = [name.split("/", 2)[2] for name in sent]
+    assert order[0] == "job.json" and order[-3:] == ["plan/plan.json", "manifest.json", "_SUCCESS"]
+
+
+def test_what_was_done_before_an_error_is_published(bucket: str) -> None:
+    with pytest.raises(ZeroDivisionError), working_copy(f"{bucket}/job") as root:
+        (root / "kept").write_text("kept")
+        raise ZeroDivisionError
+    assert names(bucket) == ["job/kept"]
+
+
+def test_unreachable_store_is_an_output_error(bucket: str) -> None:
+    message = "s3://no-such-bucket/job can't be read or written"
+    with pytest.raises(OutputError, match=message), working_copy("s3://no-such-bucket/job") as root:
+        (root / "x").write_text("x")
+
+
+def test_missing_credentials_are_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(InputError, match="can't be reached: Unable to locate credentials"):
+        open_input(f"{bucket}/in/x.parquet")
+
+
+def test_local_folder_is_its_own_copy(tmp_path: Path) -> None:
+    with working_copy(str(tmp_path), []) as root:
+        assert root == tmp_path
