@@ -22,7 +22,8 @@ def _spelled_out(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
 @pytest.mark.parametrize(
-    ("num_tokens", "hidden", "intermediate"), [(1, 16, 8), (5, 64, 384), (600, 128, 256), (513, 64, 128)]
+    ("num_tokens", "hidden", "intermediate"),
+    [(1, 16, 8), (5, 64, 384), (300, 64, 128), (900, 128, 256), (769, 64, 128)],
 )
 def test_linear_silu_and_multiply(
     num_tokens: int, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device

@@ -187,3 +187,13 @@ def test_rows_of_prefill_attention_depend_on_neither_batch_nor_chunk(dtype: torc
         table = requests.block_table[request : request + 1]
         alone = prefill_attention_triton(q[rows], *cache, table, chunk, lens, 0.125, end - begin, shape=shape)
         assert torch.equal(alone, whole[rows])
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_prefill_attention_of_nothing_but_padding(dtype: torch.dtype, device: torch.device) -> None:
+    k_cache = torch.full((2, 2, 128, 64), torch.nan, device=device, dtype=dtype)
+    zeros = torch.zeros(4, dtype=torch.int32, device=device)
+    out = torch.full((5, 4, 64), 8.0, device=device, dtype=dtype)
+    table = torch.full((3, 2), 2**30, dtype=torch.int32, device=device)
+    prefill_attention_triton(torch.zeros_like(out), k_cache, k_cache, table, zeros, zeros[:3], 0.1, 5, out=out)
+    assert torch.all(out == 8.0)

@@ -26,7 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 TILE_M, TILE_N, TILE_K = 128, 256, 64
 _STAGES = 4
-_GROUP_M = 16  # tiles of rows that run together over the same columns, so that both operands stay in the L2 cache
+_GROUP_M = 8  # tiles of rows that run together over the same columns, so that both operands stay in the L2 cache
 
 # Renamed between Triton 3.6 and 3.7.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier

@@ -56,13 +56,41 @@ def _scaled_block(row_ptr, begin, temperature, vocab_size, BLOCK: tl.constexpr):
 @triton.jit
 def _kept_mass(row_ptr, temperature, largest, key, vocab_size, IS_COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """Return how many logits are at or above the key (IS_COUNT), or their weight exp(logit - largest); float64."""
-    mass = tl.zeros([1], dtype=tl.float64)
+    mass = tl.zeros([BLOCK], dtype=tl.float64)
     for begin in tl.range(0, vocab_size, BLOCK):
         token, scaled = _scaled_block(row_ptr, begin, temperature, vocab_size, BLOCK)
         weight = tl.full([BLOCK], 1.0, dtype=tl.float32) if IS_COUNT else tl.exp(scaled - largest)
         weight = tl.where((_key(scaled) >= key) & (token < vocab_size), weight, 0.0)
-        mass += tl.sum(weight.to(tl.float64))
+        mass += weight.to(tl.float64)
     return tl.sum(mass)
+
+
+@triton.jit
+def _kept_weights(row_ptr, begin, temperature, largest, key, vocab_size, BLOCK: tl.constexpr):
+    """Return a block's tokens, which of them are kept, and their weights in float64, 0 where not kept."""
+    token, scaled = _scaled_block(row_ptr, begin, temperature, vocab_size, BLOCK)
+    is_kept = (_key(scaled) >= key) & (token < vocab_size)
+    return token, is_kept, tl.where(is_kept, tl.exp(scaled - largest), 0.0).to(tl.float64)
+
+
+@triton.jit
+def _draw(row_ptr, temperature, largest, key, uniform, vocab_size, BLOCK: tl.constexpr, PADDED_BLOCKS: tl.constexpr):
+    """Return the first kept token at which the running sum passes the uniform number's share of the whole.
+
+    One pass finds the block of the row that it lies in; only that block is summed token by token.
+    """
+    number = tl.arange(0, PADDED_BLOCKS)
+    masses = tl.zeros([PADDED_BLOCKS], dtype=tl.float64)
+    for begin in tl.range(0, vocab_size, BLOCK):
+        _token, _is_kept, weights = _kept_weights(row_ptr, begin, temperature, largest, key, vocab_size, BLOCK)
+        masses = tl.where(number == begin // BLOCK, tl.sum(weights), masses)
+    target = uniform.to(tl.float64) * tl.sum(masses)
+    block = tl.min(tl.where(tl.cumsum(masses) > target, number, PADDED_BLOCKS))
+    block = tl.minimum(block, tl.max(tl.where(masses > 0.0, number, 0)))  # rounding may push the target up to the sum
+    token, is_kept, weights = _kept_weights(row_ptr, block * BLOCK, temperature, largest, key, vocab_size, BLOCK)
+    cumulative = tl.sum(tl.where(number < block, masses, 0.0)) + tl.cumsum(weights)
+    drawn = tl.min(tl.where(is_kept & (cumulative > target), token, vocab_size))
+    return tl.minimum(drawn, tl.max(tl.where(is_kept, token, 0)))
 
 
 @triton.jit
@@ -224,6 +252,7 @@ def _sample_kernel(
     vocab_size,
     BLOCK: tl.constexpr,
     MAX_CANDIDATES: tl.constexpr,
+    PADDED_BLOCKS: tl.constexpr,
 ):
     # 1. The largest logit and where it stands first.
     row = tl.program_id(0)
@@ -237,7 +266,7 @@ def _sample_kernel(
         tl.store(out_ptr + row, first_largest)
         return
 
-    # 2. The smallest logit that is kept.
+    # 2. A row that wants the likeliest tokens only mostly finds them among a few thousand candidates.
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
     min_p = tl.load(min_p_ptr + row)
@@ -275,6 +304,7 @@ def _sample_kernel(
         if is_enough:
             tl.store(out_ptr + row, token)
             return
+        # 3. The others look for the smallest logit that is kept in the whole row.
         if has_k:
             key = _bisect(row_ptr, temperature, largest, key, top_k.to(tl.float64), vocab_size, True, BLOCK)
         if top_p < 1.0:
@@ -285,20 +315,8 @@ def _sample_kernel(
     if min_p > 0.0:
         key = tl.maximum(key, _key(largest + tl.log(min_p)))
 
-    # 3. The first kept token, in vocabulary order, at which the running sum passes the uniform number.
-    target = uniform.to(tl.float64) * _kept_mass(row_ptr, temperature, largest, key, vocab_size, False, BLOCK)
-    before = target * 0.0
-    drawn = vocab_size
-    last_kept = first_largest
-    for begin in tl.range(0, vocab_size, BLOCK):
-        token, scaled = _scaled_block(row_ptr, begin, temperature, vocab_size, BLOCK)
-        is_kept = (_key(scaled) >= key) & (token < vocab_size)
-        weight = tl.where(is_kept, tl.exp(scaled - largest), 0.0).to(tl.float64)
-        cumulative = before + tl.cumsum(weight)
-        drawn = tl.minimum(drawn, tl.min(tl.where(is_kept & (cumulative > target), token, vocab_size)))
-        last_kept = tl.maximum(last_kept, tl.max(tl.where(is_kept, token, 0)))
-        before += tl.sum(weight)
-    tl.store(out_ptr + row, tl.minimum(drawn, last_kept))
+    token = _draw(row_ptr, temperature, largest, key, uniform, vocab_size, BLOCK, PADDED_BLOCKS)
+    tl.store(out_ptr + row, token)
 
 
 def _launch_shape(vocab_size: int) -> dict[str, int]:
@@ -334,6 +352,7 @@ def sample_triton(
     out, is_finite = _new_results(logits)
     if num_rows == 0:
         return out, is_finite
+    shape = _launch_shape(vocab_size)
     _sample_kernel[(num_rows,)](
         logits,
         temperature,
@@ -349,6 +368,7 @@ def sample_triton(
         logits.stride(0),
         vocab_size,
         MAX_CANDIDATES=_MAX_CANDIDATES,
-        **_launch_shape(vocab_size),
+        PADDED_BLOCKS=max(2, triton.next_power_of_2(triton.cdiv(vocab_size, shape["BLOCK"]))),
+        **shape,
     )
     return out, is_finite

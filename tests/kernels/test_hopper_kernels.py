@@ -1,0 +1,109 @@
+"""The kernels for Hopper, emulated on the CPU, against the twins: work lists, indices, masks and barriers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blendserve_kernels import reference
+from blendserve_kernels.linear_silu_and_multiply import interleave_gate_up
+from blendserve_kernels.triton_kernels.decode_attention import (
+    PLAIN_PART,
+    LaunchShape,
+    make_plan,
+    rows_of_group,
+)
+from blendserve_kernels.triton_kernels.prefill_attention import plan_prefill_triton
+from tests.kernels.gluon_emulation import emulated
+from tests.kernels.paged_requests import make_paged_requests
+
+CPU = torch.device("cpu")
+HALF = torch.float16
+
+
+@pytest.mark.parametrize(
+    ("context_lens", "group_size", "head_dim", "num_programs"),
+    [
+        ([1, 63, 0, 130, 16], 4, 64, 2),
+        ([64, 17, 65], 7, 128, 1),
+        ([700], 1, 64, 3),
+        ([300, 5, 128], 8, 64, 66),
+        ([0, 0], 4, 64, 5),
+    ],
+)
+def test_decode_attention(
+    context_lens: list[int], group_size: int, head_dim: int, num_programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = make_paged_requests(
+        context_lens, num_kv_heads=2, head_dim=head_dim, block_size=64, dtype=HALF, device=CPU
+    )
+    q = torch.randn(len(context_lens), 2 * group_size, head_dim).to(HALF)
+    table, lens, cache = requests.block_table, requests.context_lens, (requests.k_cache, requests.v_cache)
+    shape = LaunchShape(True, 64, 0, 4, num_programs, is_for_hopper=True)
+    plan = make_plan(cache[0], table, lens, group_size, part=PLAIN_PART, rows=rows_of_group(group_size), shape=shape)
+    expected = reference.decode_attention(q.float(), *(x.float() for x in cache), table, lens, 0.125)
+    kernel = emulated("decode_attention", monkeypatch)
+    for _ in range(2):  # the second launch finds the counters as the first one left them
+        out = torch.full_like(q, torch.nan)
+        kernel.launch(q, *cache, 0.125, plan.list_length, plan.tile_list, plan.counters, out, None, num_programs)
+        torch.testing.assert_close(out.float(), expected, atol=4e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("context_lens", "chunk_lens", "group_size", "head_dim", "num_programs"),
+    [
+        ([130, 5, 400, 0], [130, 5, 33, 0], 4, 64, 3),
+        ([300], [172], 3, 128, 2),
+        ([129, 257], [129, 1], 8, 64, 40),
+    ],
+)
+def test_prefill_attention(
+    context_lens: list[int],
+    chunk_lens: list[int],
+    group_size: int,
+    head_dim: int,
+    num_programs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests = make_paged_requests(
+        context_lens, num_kv_heads=2, head_dim=head_dim, block_size=128, dtype=HALF, device=CPU
+    )
+    bounds = torch.tensor([3, *chunk_lens]).cumsum(0).to(torch.int32)
+    begin, end = int(bounds[0]), int(bounds[-1])
+    q = torch.full((end + 4, 2 * group_size, head_dim), torch.nan, dtype=HALF)
+    q[begin:end] = torch.randn(end - begin, 2 * group_size, head_dim).to(HALF)
+    table, lens, cache = requests.block_table, requests.context_lens, (requests.k_cache, requests.v_cache)
+    plan = plan_prefill_triton(cache[0], bounds, lens, len(q), 2 * group_size)
+    out = torch.full_like(q, 8.0)
+    kernel = emulated("prefill_attention", monkeypatch)
+    kernel.launch(q, *cache, table, 0.125, plan.pack, plan.list_length, plan.block_list, out, num_programs)
+    expected = reference.prefill_attention(q.float(), *(x.float() for x in cache), table, bounds, lens, 0.125)
+    torch.testing.assert_close(out[begin:end].float(), expected[begin:end], atol=4e-3, rtol=1e-2)
+    assert torch.all(out[:begin] == 8.0)
+    assert torch.all(out[end:] == 8.0)
+
+
+def test_prefill_attention_of_no_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = torch.zeros(3, dtype=torch.int32)
+    cache = torch.full((1, 1, 128, 64), torch.nan, dtype=HALF)
+    plan = plan_prefill_triton(cache, zeros, zeros[:2], 4, 2)
+    out = torch.full((4, 2, 64), 8.0, dtype=HALF)
+    table = torch.full((2, 1), 2**30, dtype=torch.int32)
+    kernel = emulated("prefill_attention", monkeypatch)
+    kernel.launch(out, cache, cache, table, 0.1, plan.pack, plan.list_length, plan.block_list, out.clone(), 2)
+    assert torch.all(out == 8.0)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_in", "num_out"), [(1, 64, 256), (300, 320, 512), (129, 128, 768)])
+def test_linear(num_tokens: int, num_in: int, num_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = emulated("linear", monkeypatch)
+    x = torch.randn(num_tokens, num_in).to(HALF)
+    gate, up = (torch.randn(num_out // 2, num_in).to(HALF) / 8 for _ in range(2))
+    weight = interleave_gate_up(gate, up)
+    for is_fused, width in ((False, num_out), (True, num_out // 2)):
+        out = torch.full((num_tokens, width), torch.nan, dtype=HALF)
+        kernel.launch(x, weight, out, is_fused, 2)
+        expected = x.float() @ weight.float().t()
+        if is_fused:
+            expected = reference.linear_silu_and_multiply(x.float(), weight.float())
+        torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=1e-2)
