@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Installs what the tests of Airflow need and pip can't bring: Debian's chromium, Postgres and Redis. Does nothing where
-# they are there already. No service is started: the tests start their own, on their own ports, in their own folders.
+# Installs what the tests of Airflow need and pip can't bring: Debian's chromium, Postgres, Redis and docker-compose.
+# Does nothing where they are there already. No service is started: the tests start their own, on their own ports, in their own folders.
 set -euo pipefail
 missing=()
 command -v chromium >/dev/null || missing+=(chromium)
+command -v docker-compose >/dev/null || missing+=(docker-compose)
 command -v redis-server >/dev/null || missing+=(redis-server)
 compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || command -v initdb >/dev/null || missing+=(postgresql)
 [ "${#missing[@]}" -eq 0 ] && exit 0

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.dags.conftest import skip_here
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
 COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
@@ -45,7 +49,34 @@ def test_example_env_names_every_variable_and_holds_no_secret() -> None:
     stated = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     used = set(re.findall(r"(?<!\$)\$\{([A-Z_]+)", (DOCKER / "compose.yaml").read_text()))
     assert used == set(stated)
-    assert {name for name, value in stated.items() if value} == {"BLENDSERVE_GPU_SLOTS", "BLENDSERVE_GPU_QUEUE"}
+    assert {name for name, value in stated.items() if value} == {
+        "BLENDSERVE_GPU_SLOTS",
+        "BLENDSERVE_GPU_QUEUE",
+        "BLENDSERVE_LIBRARY",
+    }
+
+
+def test_compose_takes_the_file(tmp_path: Path) -> None:
+    compose = shutil.which("docker-compose")
+    if compose is None:
+        skip_here("docker-compose is not installed; tests/dags/install_programs.sh brings it")
+    filled = re.sub(r"^(\w+)=$", r"\1=secret", (DOCKER / "example.env").read_text(), flags=re.MULTILINE)
+    (tmp_path / "env").write_text(filled)
+    command = [compose, "--file", str(DOCKER / "compose.yaml"), "--env-file", str(tmp_path / "env")]
+    done = subprocess.run([*command, "config", "--services"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == set(SERVICES)
+
+
+def test_images_take_every_version_from_the_lock() -> None:
+    text = (DOCKER / "Dockerfile").read_text().replace("\\\n", " ")
+    installs = re.findall(r"pip install ([^&\n]*)", text)
+    locked = set(re.findall(r"^([a-z0-9-]+)==", (DOCKER.parent / "constraints.txt").read_text(), re.MULTILINE))
+    assert installs
+    for words in map(str.split, installs):
+        names = [word for word in words if re.fullmatch(r"[a-z][a-z0-9-]*", word)]
+        assert "constraints.txt" in words or words[-1] == "torch==2.13.0+cpu"
+        assert set(names) <= locked
 
 
 @pytest.mark.parametrize("name", sorted(set(SERVICES) - {"set-up"}))
