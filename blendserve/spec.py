@@ -139,7 +139,7 @@ class JobSpec(SamplingSpec, EngineSpec):
     hardware: str = Field(
         "auto",
         title="Hardware",
-        description="auto, cpu, a100-80gb, h100 or h200: what the plan's times are for.",
+        description="What the plan's times are for: auto, cpu, a100-80gb, h100, h200, or a measured profile (.json).",
     )
     force: bool = Field(
         False, title="Start over", description="Discard what the output folder holds of an earlier job."

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from blendserve.errors import ModelError, UsageError
+from blendserve.planner.hardware_profile import HardwareProfile, load_profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,25 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One device (or several that act as one): peak rates and memory. `bytes_per_element` of weights and KV cache."""
+    """One device (or several that act as one): peak rates and memory. `bytes_per_element` of weights and KV cache.
+
+    interference: how much of the shorter of compute and memory time a step adds to the longer one, 1 without overlap.
+    profile: what was measured on the device; its figures then go before the peak rates. `warnings` are for the plan.
+    """
 
     name: str
     flops_per_second: float
     bytes_per_second: float
     memory_bytes: float
     bytes_per_element: int
+    interference: float = 1.0
+    profile: HardwareProfile | None = None
+    warnings: tuple[str, ...] = ()
+
+    def seconds(self, compute_seconds: float, memory_seconds: float) -> float:
+        """How long compute and memory work take that run side by side as far as this device can."""
+        shorter, longer = sorted((compute_seconds, memory_seconds))
+        return longer + self.interference * shorter
 
     def times(self, num_devices: int) -> Hardware:
         """`num_devices` of these with the model split over all of them."""
@@ -75,6 +88,7 @@ class CostConstants:
     seconds_per_sampled_token: float  # one token through the output head
     seconds_per_attended_pair: float  # one query against one key and value in all layers
     seconds_per_kv_token: float  # reading or writing one token of the KV cache
+    prefix_readers: float = 1.0  # requests that read a shared prefix together; 1 where each reads it by itself
 
 
 BUILT_IN_MODELS: Final = {
@@ -95,15 +109,31 @@ BUILT_IN_HARDWARE: Final = {
     "cpu": Hardware("cpu", 5e10, 1e10, 4e9, 4),
 }
 
+_ASSUMED_GPU: Final = "a100-80gb"  # for the figures of a GPU that isn't known
+PROFILES: Final = Path("~/.cache/blendserve/profiles")
+
 
 def cost_constants(model: ModelShape, hardware: Hardware) -> CostConstants:
-    """The seconds that each unit of work takes at the hardware's rates."""
+    """The seconds that each unit of work takes, as measured or else at the hardware's peak rates."""
+    if hardware.profile is not None:
+        return _measured_constants(model, hardware, hardware.profile)
     attended_pair_flops = 4 * model.num_heads * model.head_dim * model.num_layers
     return CostConstants(
         seconds_per_layer_token=2 * model.layer_parameters / hardware.flops_per_second,
         seconds_per_sampled_token=2 * model.head_parameters / hardware.flops_per_second,
         seconds_per_attended_pair=attended_pair_flops / hardware.flops_per_second,
         seconds_per_kv_token=model.kv_bytes_per_token(hardware.bytes_per_element) / hardware.bytes_per_second,
+    )
+
+
+def _measured_constants(model: ModelShape, hardware: Hardware, profile: HardwareProfile) -> CostConstants:
+    kv_bytes = model.kv_bytes_per_token(hardware.bytes_per_element)
+    return CostConstants(
+        seconds_per_layer_token=profile.gemm.seconds_per_unit,
+        seconds_per_sampled_token=profile.head.seconds_per_unit,
+        seconds_per_attended_pair=profile.prefill_attention.seconds_per_unit,
+        seconds_per_kv_token=kv_bytes * profile.decode_attention.seconds_per_unit,
+        prefix_readers=profile.prefix_readers if profile.decode_kernel == "shared_prefix" else 1.0,
     )
 
 
@@ -143,32 +173,87 @@ def _shape_of_config(config: Any, path: Path) -> ModelShape:
         ) from error
 
 
-def load_hardware(name: str, *, device: str = "auto") -> Hardware:
-    """The hardware called `name`; `4xh100` is four that hold one model together.
+def load_hardware(name: str, *, device: str = "auto", model: ModelShape | None = None) -> Hardware:
+    """The hardware called `name`; `4xh100` is four that hold one model together; `*.json` is a measured profile.
 
-    `auto` is the visible NVIDIA GPU, or the CPU where none is or `device` is cpu. Raises UsageError on an unknown name.
+    `auto` is the visible NVIDIA GPU, or the CPU where none is or `device` is cpu; a profile of that GPU and `model` in
+    `PROFILES` goes before data-sheet figures. Raises UsageError on an unknown name and on a profile of another GPU than
+    the visible one or of another model.
     """
+    if name.endswith(".json"):
+        return _profiled_hardware(load_profile(Path(name)), model)
     if name == "auto":
-        return BUILT_IN_HARDWARE["cpu" if device == "cpu" else _visible_hardware()]
+        return BUILT_IN_HARDWARE["cpu"] if device == "cpu" else _visible_hardware(model)
     matched = re.fullmatch(r"(?:([1-9]\d*)x)?(.+)", name)
     if matched is None or matched[2] not in BUILT_IN_HARDWARE:
         known = ", ".join(sorted(BUILT_IN_HARDWARE))
-        raise UsageError(f"Unknown hardware '{name}'. Expected auto, {known}, or several of one like 4xh100.")
+        raise UsageError(
+            f"Unknown hardware '{name}'. Expected auto, {known}, several of one like 4xh100, or a profile's JSON file."
+        )
     hardware = BUILT_IN_HARDWARE[matched[2]]
     return hardware.times(int(matched[1])) if matched[1] else hardware
 
 
-def _visible_hardware() -> str:
-    """The built-in hardware nearest to the first GPU that nvidia-smi names; `cpu` where there is none."""
+def _profiled_hardware(profile: HardwareProfile, model: ModelShape | None) -> Hardware:
+    """The hardware that `profile` stands for. Raises UsageError where it was measured on something else."""
+    visible = visible_gpu()
+    if visible is not None and visible != profile.device:
+        raise UsageError(
+            f"The profile was measured on {profile.device}, the GPU here is {visible}. Measure this one, or plan with "
+            "data-sheet figures."
+        )
+    if model is not None and ModelShape(**profile.model.model_dump()) != model:
+        raise UsageError(
+            f"The profile was measured with another model: {profile.model}, expected {model}. Measure this model."
+        )
+    base = BUILT_IN_HARDWARE[_built_in_name(profile.device) or _ASSUMED_GPU]
+    return replace(
+        base,
+        name=f"{profile.device} (measured)",
+        memory_bytes=profile.memory_bytes,
+        bytes_per_element=profile.bytes_per_element,
+        interference=profile.interference,
+        profile=profile,
+    )
+
+
+def _visible_hardware(model: ModelShape | None) -> Hardware:
+    """The first GPU that nvidia-smi names, by its profile or by its data sheet; the CPU where there is none."""
+    gpu = visible_gpu()
+    if gpu is None:
+        return BUILT_IN_HARDWARE["cpu"]
+    ignored = []
+    for path in sorted(PROFILES.expanduser().glob("*.json")):
+        profile = load_profile(path)
+        if profile.device == gpu and ModelShape(**profile.model.model_dump()) == model:
+            return _profiled_hardware(profile, model)
+        ignored.append(f"Profile {path.name} is of another GPU or model ({profile.device}): not used.")
+    name = _built_in_name(gpu)
+    if name is None:
+        ignored.append(
+            f"The GPU here, {gpu}, is unknown: planned with the figures of {_ASSUMED_GPU}. Predicted seconds and the "
+            "balance are guesses; measure a profile, or name the hardware that is most like it."
+        )
+    return replace(BUILT_IN_HARDWARE[name or _ASSUMED_GPU], warnings=tuple(ignored))
+
+
+def _built_in_name(gpu: str) -> str | None:
+    """The built-in hardware that the driver's name `gpu` means; None for any other GPU."""
+    words = set(re.split(r"[^a-z0-9]+", gpu.lower()))
+    if {"a100", "80gb"} <= words:
+        return "a100-80gb"
+    return next((name for name in ("h100", "h200") if name in words), None)
+
+
+def visible_gpu() -> str | None:
+    """The first GPU as nvidia-smi names it, or None."""
     command = shutil.which("nvidia-smi")
     if command is None:
-        return "cpu"
+        return None
     query = [command, "--query-gpu=name", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)  # noqa: S603 - fixed words
     except (OSError, subprocess.SubprocessError):
-        return "cpu"  # nvidia-smi without a driver: no GPU to plan for
-    gpu = answer.stdout.strip().lower()
-    if not gpu:
-        return "cpu"
-    return "h200" if "h200" in gpu else "h100" if "h100" in gpu else "a100-80gb"
+        return None  # nvidia-smi without a driver: no GPU to plan for
+    names = answer.stdout.strip().splitlines()
+    return names[0].strip() if names else None

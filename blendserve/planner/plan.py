@@ -35,7 +35,7 @@ def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManif
 
     Raises ModelError on a config without sizes and UsageError on unknown hardware.
     """
-    hardware = plan_hardware(spec)
+    hardware = plan_hardware(spec, model_folder)
     with open_database(folder.work) as database:
         states = read_request_states(database, folder)
         lengths = estimate_lengths(states, spec)
@@ -48,9 +48,9 @@ def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManif
     return manifest
 
 
-def plan_hardware(spec: JobSpec) -> Hardware:
+def plan_hardware(spec: JobSpec, model_folder: Path) -> Hardware:
     """The hardware that the plan's times are for, with the number format that the engine will use."""
-    hardware = load_hardware(spec.hardware, device=spec.device)
+    hardware = load_hardware(spec.hardware, device=spec.device, model=load_model_shape(model_folder))
     return replace(hardware, bytes_per_element=_BYTES_PER_ELEMENT.get(spec.dtype, hardware.bytes_per_element))
 
 
@@ -125,7 +125,7 @@ def _manifest(
     plan_id = plan_id_of(draft.model_dump_json(), scheduled, states)
     summary = summarize(scheduled, states, lengths, hardware)
     return draft.model_copy(
-        update={"plan_id": plan_id, "shards": shard_plans(scheduled, states, plan_id), "summary": summary}
+        update={"plan_id": plan_id, "shards": shard_plans(scheduled, states, plan_id, hardware), "summary": summary}
     )
 
 

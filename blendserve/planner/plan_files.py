@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blendserve.manifest import PlanManifest, ShardPlan, replacing, write_manifest
+from blendserve.planner.performance_model import Hardware
 from blendserve.planner.prompt_tokens import PromptTokens
 from blendserve.planner.requests import RequestStates
 from blendserve.planner.schedule import Schedule
@@ -56,8 +57,10 @@ def write_plan_files(
             shutil.rmtree(stale)
 
 
-def shard_plans(scheduled: ScheduledRows, states: RequestStates, plan_id: str) -> tuple[ShardPlan, ...]:
-    """What each shard holds and should take; a CPU runs compute and memory work one after the other."""
+def shard_plans(
+    scheduled: ScheduledRows, states: RequestStates, plan_id: str, hardware: Hardware
+) -> tuple[ShardPlan, ...]:
+    """What each shard holds and should take on `hardware`."""
     plans = []
     for shard in range(scheduled.schedule.num_shards):
         part = scheduled.shard_range(shard)
@@ -72,7 +75,7 @@ def shard_plans(scheduled: ScheduledRows, states: RequestStates, plan_id: str) -
                 estimated_output_tokens=int(scheduled.estimated_output_tokens[part].sum(dtype=np.int64)),
                 compute_seconds=compute,
                 memory_seconds=memory,
-                predicted_seconds=compute + memory,
+                predicted_seconds=hardware.seconds(compute, memory),
             )
         )
     return tuple(plans)

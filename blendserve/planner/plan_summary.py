@@ -36,11 +36,12 @@ def summarize(
         "compute_seconds": compute,
         "memory_seconds": memory,
         "bound_seconds": max(schedule.ideal_compute_seconds, memory),
-        "predicted_seconds": compute + memory,
+        "predicted_seconds": hardware.seconds(compute, memory),
+        "overlapped_seconds": max(compute, memory),
         "num_shards": schedule.num_shards,
         "hardware": hardware.name,
     }
-    return {**summary, "warnings": _warnings(summary)}
+    return {**summary, "warnings": [*hardware.warnings, *_warnings(summary)]}
 
 
 def _warnings(summary: dict[str, Any]) -> list[str]:

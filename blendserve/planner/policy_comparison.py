@@ -27,7 +27,7 @@ def compare_policies(
     A GPU is taken to overlap compute and memory work, a CPU isn't. Returns `policies` (as `simulate` has them),
     `prefix_sharing_optimal` and `bound_seconds`.
     """
-    hardware = plan_hardware(spec)
+    hardware = plan_hardware(spec, model_folder)
     is_overlapped = hardware.name != "cpu"
     shape = load_model_shape(model_folder)
     machine = simulated_machine(shape, hardware, is_overlapped=is_overlapped)

@@ -32,7 +32,7 @@ def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> i
     The sampled requests run first, companions with long prompts after them: while the last long outputs decode, there
     is prefill to do. The choice depends on the requests alone, so that a job that goes on finds the sample it has run.
     """
-    hardware = plan_hardware(spec)
+    hardware = plan_hardware(spec, model_folder)
     with open_database(folder.work) as database:
         states = read_request_states(database, folder)
         sampled = choose_sample(states, spec)
@@ -59,7 +59,9 @@ def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> i
         summary={"num_requests": len(rows), "num_sampled": len(sampled)},
     )
     plan_id = plan_id_of(draft.model_dump_json(), scheduled, states)
-    manifest = draft.model_copy(update={"plan_id": plan_id, "shards": shard_plans(scheduled, states, plan_id)})
+    manifest = draft.model_copy(
+        update={"plan_id": plan_id, "shards": shard_plans(scheduled, states, plan_id, hardware)}
+    )
     with open_prompt_tokens(folder.relation("tokenized_requests"), folder.work) as prompts:
         write_plan_files(folder.sample, manifest, scheduled, states, prompts)
     return len(rows)

@@ -47,8 +47,8 @@ def simulate(
     Raises InputError on other columns, UsageError on an unknown model, hardware or policy.
     """
     _check(gpus, policies)
-    device = load_hardware(hardware)
-    machine = simulated_machine(load_model_shape(model), device, is_overlapped=is_overlapped)
+    shape = load_model_shape(model)
+    machine = simulated_machine(shape, load_hardware(hardware, model=shape), is_overlapped=is_overlapped)
     with TemporaryDirectory() as folder, open_database(Path(folder)) as database:
         started = time.monotonic()
         job = read_job(path, Path(folder))
@@ -89,13 +89,19 @@ def simulated_machine(shape: ModelShape, device: Hardware, *, is_overlapped: boo
             "Take a smaller model or hardware with more memory."
         )
     layer_bytes = shape.layer_parameters * device.bytes_per_element
+    profile = device.profile
     return SimulatedMachine(
         constants=constants,
-        step_seconds=layer_bytes / device.bytes_per_second,
+        step_seconds=layer_bytes / device.bytes_per_second if profile is None else profile.gemm.fixed_seconds,
         capacity_tokens=capacity,
         max_batched_tokens=_MAX_BATCHED_TOKENS,
-        is_overlapped=is_overlapped,
+        interference=_interference(device) if is_overlapped else 1.0,
     )
+
+
+def _interference(device: Hardware) -> float:
+    """As measured; without a profile the overlap is taken to be perfect."""
+    return 0.0 if device.profile is None else device.interference
 
 
 def read_job(path: Path, folder: Path) -> SimulatedJob:

@@ -24,13 +24,17 @@ class StepWork:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedMachine:
-    """What a step may hold and what it costs. `step_seconds` is the least a step takes: reading all weights once."""
+    """What a step may hold and what it costs. `step_seconds` is the least a step takes: reading all weights once.
+
+    interference: how much of the shorter of compute and memory time a step adds to the longer one, from 0 (perfect
+    overlap) to 1 (one after the other).
+    """
 
     constants: CostConstants
     step_seconds: float
     capacity_tokens: int
     max_batched_tokens: int
-    is_overlapped: bool
+    interference: float
     max_num_seqs: int = 1024
 
     @property
@@ -52,15 +56,19 @@ class SimulatedMachine:
         first = context_tokens * self.constants.seconds_per_kv_token
         slope = num_decoding * self.constants.seconds_per_kv_token
         memory = num_steps * first + slope * num_steps * (num_steps - 1) / 2
-        seconds = num_steps * compute + memory
-        if self.is_overlapped:  # the first steps may be bound by compute, the later ones by memory
-            bound = min(max(math.ceil((compute - first) / slope), 0), num_steps)
-            later = slope * (num_steps * (num_steps - 1) - bound * (bound - 1)) / 2
-            seconds = bound * compute + (num_steps - bound) * first + later
+        bound = min(max(math.ceil((compute - first) / slope), 0), num_steps)  # first steps, bound by compute
+        later = slope * (num_steps * (num_steps - 1) - bound * (bound - 1)) / 2
+        longer = bound * compute + (num_steps - bound) * first + later
+        seconds = longer + self.interference * (num_steps * compute + memory - longer)
         return StepWork(seconds, num_steps * compute, num_steps * needed, memory)
 
     def _together(self, compute: float, memory: float) -> float:
-        return max(compute, memory) if self.is_overlapped else compute + memory
+        shorter, longer = (compute, memory) if compute < memory else (memory, compute)
+        return longer + self.interference * shorter
+
+    @property
+    def is_overlapped(self) -> bool:
+        return self.interference < 1
 
 
 @dataclass(frozen=True, slots=True)

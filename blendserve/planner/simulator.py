@@ -45,6 +45,7 @@ class Simulator:
         self._usage = UsageRecorder()
         self._left = WorkLeft(machine)
         self._prompt: list[int] = requests.num_prompt_tokens.tolist()
+        self._read: list[int] = _read_tokens(requests, machine.constants.prefix_readers).tolist()
         self._output: list[int] = np.maximum(requests.output_tokens, 1).tolist()
         num_requests = len(self._prompt)
         self._estimate = [1] * num_requests
@@ -92,7 +93,7 @@ class Simulator:
         """Compute and memory time that admitted requests still have to decode."""
         left = WorkLeft(self._machine)
         for request in self._unfinished():
-            left.expect(self._prompt[request], self._count_produced(request), self._estimate[request])
+            left.expect(self._read[request], self._count_produced(request), self._estimate[request])
         return left.compute, left.memory
 
     def revise(self, requests: NDArray[np.int64], estimates: NDArray[np.int64]) -> None:
@@ -299,7 +300,7 @@ class Simulator:
         produced = self._produced[request]
         self._joined[request] = self._num_steps
         self._running[request] = None
-        self._context += self._prompt[request] + produced
+        self._context += self._read[request] + produced
         self._own_tokens += 1
         end = self._num_steps + self._output[request] - produced
         heappush(self._events, (end, _FINISHED, request, self._num_steps))
@@ -316,7 +317,7 @@ class Simulator:
             if self._joined[request] != joined:
                 continue  # of a time before the request was preempted or finished
             if kind == _FINISHED:
-                self._left.expect(self._prompt[request], self._estimate[request], self._output[request])
+                self._left.expect(self._read[request], self._estimate[request], self._output[request])
                 self._leave(request)
                 self._finished.append(request)
             elif self._count_produced(request) >= self._estimate[request]:
@@ -325,7 +326,7 @@ class Simulator:
     def _relocate(self, request: int) -> None:
         """The request has outlived its estimate: expect as much again, and count it as one of the right front's."""
         more = self._estimate[request]
-        self._left.expect(self._prompt[request], more, 2 * more)
+        self._left.expect(self._read[request], more, 2 * more)
         if self._front[request] is Front.LEFT:
             self._front[request] = Front.RIGHT
             self._right_footprint += self._footprint[request]
@@ -346,7 +347,7 @@ class Simulator:
         if self._front[request] is Front.RIGHT:
             self._right_footprint -= self._footprint[request]
         del self._running[request]
-        self._context -= self._prompt[request] + produced
+        self._context -= self._read[request] + produced
         self._own_tokens -= self._prompt[request] - self._cache.shared_tokens(request) + produced
         self._cache.release(request)
 
@@ -359,3 +360,9 @@ class Simulator:
             self._preempted.appendleft(request)
             self._num_preemptions += 1
         self._cache.shrink(capacity - self._own_tokens)
+
+
+def _read_tokens(requests: SimulatedRequests, prefix_readers: float) -> NDArray[np.int64]:
+    """[num_requests]: prompt tokens that a decode step of each request reads, its part of shared reads included."""
+    shared = requests.tree.depth_tokens[requests.tree.leaf_node]
+    return np.rint(requests.num_prompt_tokens - shared * (1 - 1 / prefix_readers)).astype(np.int64)

@@ -5,6 +5,7 @@
 -- Sharing discounts the prefill only. The first output token comes out of the prefill, so that d output tokens take
 -- d - 1 decode steps; the i-th of them reads the prompt and i tokens. What a request stores in the KV cache it
 -- writes once: that is the least memory time, and the only one of a request with one output token.
+-- With a shared-prefix decode kernel $prefix_readers requests read a shared prefix together; otherwise it is 1.
 with
 
 expected_lengths as (
@@ -27,7 +28,7 @@ work as (
         output_tokens as sampled_tokens,
         prompt_tokens - shared_tokens + decode_steps as layer_tokens,
         (prompt_tokens * prompt_tokens - shared_tokens * shared_tokens) / 2 as attended_pairs,
-        decode_steps * prompt_tokens + decode_step_sum as kv_tokens_read
+        decode_steps * (prompt_tokens - shared_tokens * (1 - 1 / $prefix_readers)) + decode_step_sum as kv_tokens_read
     from expected_lengths
 
 ),

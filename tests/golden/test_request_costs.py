@@ -14,6 +14,7 @@ UNITS = {
     "seconds_per_sampled_token": 100.0,
     "seconds_per_attended_pair": 10000.0,
     "seconds_per_kv_token": 1.0,
+    "prefix_readers": 1.0,
 }
 LLAMA = asdict(cost_constants(BUILT_IN_MODELS["llama-3.1-8b"], BUILT_IN_HARDWARE["a100-80gb"]))
 
@@ -79,3 +80,12 @@ def test_density_of_a_trace_mean_agrees_with_the_table_of_the_paper(tmp_path):
     # Azure code 2023 has a density of 28 on an A100 at data-sheet peaks; ShareGPT's mean lengths give about 2.9.
     (chat,) = costs_of(tmp_path, (299, 0, 324, 324**2), constants=LLAMA)
     assert 2.0 < chat["density"] < 3.5
+
+
+def test_a_shared_prefix_kernel_reads_a_prefix_once_for_all_who_share_it(tmp_path):
+    # "Prefix hits do not reduce memory traffic" holds for kernels that read it for each request, and only for them.
+    paged = costs_of(tmp_path, (100, 80, 11, 121))[0]
+    together = costs_of(tmp_path, (100, 80, 11, 121), constants={**UNITS, "prefix_readers": 4.0})[0]
+    assert paged["memory_seconds"] == 10 * 100 + 55
+    assert together["memory_seconds"] == 10 * (20 + 80 / 4) + 55
+    assert together["compute_seconds"] == paged["compute_seconds"]

@@ -94,7 +94,8 @@ def test_auto_is_the_cpu_where_no_gpu_is(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "name"), [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A10", "a100-80gb")]
+    ("gpu", "name"),
+    [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100-80gb")],
 )
 def test_auto_is_the_gpu_that_is_visible(monkeypatch, tmp_path, gpu, name):
     command = tmp_path / "nvidia-smi"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -39,7 +40,7 @@ def machine(capacity=20_000, is_overlapped=True, max_batched_tokens=256, step_se
         step_seconds=step_seconds,
         capacity_tokens=capacity,
         max_batched_tokens=max_batched_tokens,
-        is_overlapped=is_overlapped,
+        interference=0.0 if is_overlapped else 1.0,
     )
 
 
@@ -216,3 +217,14 @@ def test_peak_is_that_of_stepping_through():
             for step in range(1, horizon + 1)
         ]
         assert peak_tokens(held, own, rest, horizon) == max(use)
+
+
+def test_a_shared_prefix_kernel_takes_less_memory_time():
+    job = job_of([500] * 50, [0] + [400] * 49, [100] * 50)
+    schedule = schedule_requests(job.requests, policy="blend", seed=0, num_shards=1, costs=unit_costs)
+    paged, together = (
+        run_schedule(job, schedule, replace(machine(), constants=replace(UNITS, prefix_readers=readers)))[0]
+        for readers in (1.0, 8.0)
+    )
+    assert together.memory_seconds == pytest.approx(50 * (99 * (100 + 400 / 8) + 99 * 50) * 1e-5)
+    assert paged.memory_seconds == pytest.approx(50 * (99 * 500 + 99 * 50) * 1e-5)

@@ -1,0 +1,85 @@
+"""A measured profile of one GPU running one model: what replaces data-sheet figures where it exists.
+
+A profile is a JSON file that the engine's profiler writes and the planner reads; this page is all that both need of it
+and imports neither torch nor DuckDB.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from blendserve.errors import UsageError
+from blendserve.manifest import write_manifest
+
+DecodeKernel = Literal["paged", "shared_prefix"]
+
+
+class _Profile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class AffineFit(_Profile):
+    """`fixed_seconds + units * seconds_per_unit`, fitted to measurements of one step, all layers together."""
+
+    fixed_seconds: float = Field(ge=0, allow_inf_nan=False)
+    seconds_per_unit: float = Field(gt=0, allow_inf_nan=False)
+
+
+class ProfiledModel(_Profile):
+    """The sizes that the measurements hold for; names as in `ModelShape`."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+
+
+class HardwareProfile(_Profile):
+    """What was measured, on what, by which code.
+
+    gemm: a step's projections and MLPs of all layers over its tokens. head: the output head over sampled tokens.
+    prefill_attention: over pairs of a query and a key, all layers. decode_attention: over bytes of KV cache read.
+    interference: how much of the shorter of compute and memory work a step adds to the longer one when both run at one
+    time, from 0 (free) to 1 (as long as one after the other; also where the engine doesn't overlap them).
+    decode_kernel: whether decode attention reads a shared prefix once for all or once for each request.
+    prefix_readers: with a shared-prefix kernel, how many requests read a shared prefix together on average.
+    """
+
+    format: Literal[1] = 1
+    device: str = Field(min_length=1)  # as the driver names it, e.g. "NVIDIA H100 80GB HBM3"
+    memory_bytes: float = Field(gt=0, allow_inf_nan=False)
+    model: ProfiledModel
+    bytes_per_element: int = Field(ge=1, le=8)
+    gemm: AffineFit
+    head: AffineFit
+    prefill_attention: AffineFit
+    decode_attention: AffineFit
+    interference: float = Field(1.0, ge=0, le=1)
+    decode_kernel: DecodeKernel = "paged"
+    prefix_readers: float = Field(1.0, ge=1, allow_inf_nan=False)
+    commit: str
+    measured_at: str  # ISO 8601
+
+
+def load_profile(path: Path) -> HardwareProfile:
+    """The profile in the JSON file `path`. Raises UsageError when it can't be read or lacks something."""
+    try:
+        return HardwareProfile.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"Profile {path} can't be read: {error}. Expected the JSON file of a measured GPU.") from error
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, problem["loc"])) or "file" for problem in error.errors())
+        raise UsageError(
+            f"Profile {path} is no valid profile of format 1; wrong: {fields}. Measure the GPU again."
+        ) from error
+
+
+def write_profile(path: Path, profile: HardwareProfile) -> None:
+    """Write `profile` as JSON, all of it or nothing."""
+    write_manifest(path, profile)

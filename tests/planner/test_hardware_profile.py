@@ -1,0 +1,117 @@
+"""Measured profiles: read and refused, used instead of data sheets, never for another GPU or model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from blendserve.errors import UsageError
+from blendserve.planner import performance_model
+from blendserve.planner.hardware_profile import AffineFit, HardwareProfile, ProfiledModel, load_profile, write_profile
+from blendserve.planner.performance_model import BUILT_IN_MODELS, cost_constants, load_hardware
+from blendserve.planner.simulate import simulated_machine
+
+LLAMA = BUILT_IN_MODELS["llama-3.1-8b"]
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def make_profile(**changes) -> HardwareProfile:
+    fields = {
+        "device": H100,
+        "memory_bytes": 80e9,
+        "model": ProfiledModel(**asdict(LLAMA)),
+        "bytes_per_element": 2,
+        "gemm": AffineFit(fixed_seconds=2e-3, seconds_per_unit=2.2e-5),
+        "head": AffineFit(fixed_seconds=0, seconds_per_unit=2e-6),
+        "prefill_attention": AffineFit(fixed_seconds=0, seconds_per_unit=1.2e-9),
+        "decode_attention": AffineFit(fixed_seconds=1e-4, seconds_per_unit=1 / 2.9e12),
+        "interference": 0.8,
+        "commit": "0" * 40,
+        "measured_at": "2026-11-20T12:00:00Z",
+    }
+    return HardwareProfile(**{**fields, **changes})
+
+
+@pytest.fixture
+def see_gpu(monkeypatch, tmp_path):
+    """Make nvidia-smi name a GPU, and look for profiles in an empty folder, which is returned."""
+    profiles = tmp_path / "profiles"
+    profiles.mkdir()
+    monkeypatch.setattr(performance_model, "PROFILES", profiles)
+
+    def see(name: str | None):
+        monkeypatch.setattr(performance_model, "visible_gpu", lambda: name)
+        return profiles
+
+    return see
+
+
+def test_a_profile_is_read_as_it_was_written(tmp_path):
+    write_profile(tmp_path / "p.json", make_profile())
+    assert load_profile(tmp_path / "p.json") == make_profile()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "wrong: format"),
+        ({"gemm": {"fixed_seconds": -1, "seconds_per_unit": 1e-5}}, "gemm.fixed_seconds"),
+        ({"interference": 1.5}, "interference"),
+        ({"memory": 1}, "memory"),
+    ],
+)
+def test_a_broken_profile_is_refused(tmp_path, change, message):
+    (tmp_path / "p.json").write_text(json.dumps({**make_profile().model_dump(), **change}))
+    with pytest.raises(UsageError, match=message):
+        load_profile(tmp_path / "p.json")
+    with pytest.raises(UsageError, match="can't be read"):
+        load_profile(tmp_path / "missing.json")
+
+
+def test_measured_figures_go_before_the_data_sheet(tmp_path, see_gpu):
+    see_gpu(None)
+    write_profile(tmp_path / "p.json", make_profile())
+    hardware = load_hardware(str(tmp_path / "p.json"), model=LLAMA)
+    constants = cost_constants(LLAMA, hardware)
+    assert constants.seconds_per_layer_token == 2.2e-5
+    assert constants.seconds_per_kv_token == pytest.approx(131_072 / 2.9e12)
+    assert hardware.seconds(10.0, 5.0) == 10 + 0.8 * 5
+    machine = simulated_machine(LLAMA, hardware, is_overlapped=True)
+    assert (machine.step_seconds, machine.interference) == (2e-3, 0.8)
+    assert simulated_machine(LLAMA, hardware, is_overlapped=False).interference == 1.0
+
+
+def test_a_profile_is_found_for_the_gpu_that_is_visible(see_gpu):
+    write_profile(see_gpu(H100) / "h100.json", make_profile())
+    assert load_hardware("auto", model=LLAMA).profile == make_profile()
+    assert load_hardware("h100", model=LLAMA).profile is None  # the data sheet, as asked for
+
+
+def test_a_profile_of_another_gpu_or_model_is_refused_when_named_and_ignored_when_found(see_gpu):
+    path = see_gpu("NVIDIA H200") / "h100.json"
+    write_profile(path, make_profile())
+    with pytest.raises(UsageError, match="measured on NVIDIA H100 80GB HBM3, the GPU here is NVIDIA H200"):
+        load_hardware(str(path), model=LLAMA)
+    hardware = load_hardware("auto", model=LLAMA)
+    assert (hardware.name, hardware.profile) == ("h200", None)
+    assert "another GPU or model" in hardware.warnings[0]
+    see_gpu(H100)
+    with pytest.raises(UsageError, match="measured with another model"):
+        load_hardware(str(path), model=BUILT_IN_MODELS["qwen2.5-7b"])
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA A10", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB", "NVIDIA H20"])
+def test_an_unknown_gpu_is_not_silently_planned_as_another(see_gpu, gpu):
+    see_gpu(gpu)
+    hardware = load_hardware("auto", model=LLAMA)
+    assert f"{gpu}, is unknown" in hardware.warnings[0]
+
+
+def test_the_decode_kernel_decides_what_a_shared_prefix_costs(see_gpu, tmp_path):
+    see_gpu(None)
+    for kernel, readers in (("paged", 1.0), ("shared_prefix", 16.0)):
+        write_profile(tmp_path / "p.json", make_profile(decode_kernel=kernel, prefix_readers=16.0))
+        hardware = load_hardware(str(tmp_path / "p.json"), model=LLAMA)
+        assert cost_constants(LLAMA, hardware).prefix_readers == readers
