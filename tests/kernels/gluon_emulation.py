@@ -241,6 +241,13 @@ def _warp_specialize(
         raise errors[0]
 
 
+def _passed(argument: Any) -> Any:
+    """Return an argument of a launch as the kernel sees it."""
+    if isinstance(argument, torch.Tensor):
+        return Pointer(argument.view(-1))
+    return _value(argument) if isinstance(argument, int) else argument
+
+
 class _Kernel:
     """A jitted function: called by another one, or launched over a grid, program after program."""
 
@@ -252,7 +259,7 @@ class _Kernel:
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
-            passed = [Pointer(a.view(-1)) if isinstance(a, torch.Tensor) else a for a in arguments]
+            passed = [_passed(argument) for argument in arguments]
             for program in range(grid[0]):
                 _run.program, _run.num_programs = program, grid[0]
                 self.function(*passed, **constants)
