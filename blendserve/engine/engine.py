@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from blendserve.engine.detokenizer import Detokenizer, GrowingText
@@ -28,12 +30,20 @@ from blendserve.engine.request import Completion, FinishReason, Request
 from blendserve.engine.running import IntArray
 from blendserve.engine.sampler import Sampler
 from blendserve.engine.scheduled_batch import ScheduledBatch
-from blendserve.engine.scheduler import RequestSource, Scheduler
+from blendserve.engine.scheduler import Scheduler
 from blendserve.engine.step_metrics import StepMetrics
+from blendserve.engine.upcoming import RequestSource
+from blendserve.errors import UsageError
 from blendserve.models.config import ModelConfig
 from blendserve.models.llama import LlamaModel
 from blendserve.models.weights import dummy_weights, load_weights
 from blendserve.spec import EngineSpec, SamplingSpec
+
+log = logging.getLogger(__name__)
+
+# What is left of the KV cache when a step finds no memory, and how often that is tried.
+_SHRUNK_SHARE = 0.9
+_MAX_SHRINKS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +108,7 @@ class LLMEngine:
         )
         self._max_in_flight = max_in_flight or (2 if device.type == "cuda" else 1)
         self._texts: dict[int, GrowingText] = {}  # by position, where stop strings have to be looked for
-        self._num_steps = 0
+        self._num_steps = self._num_shrinks = 0
         self._started = self._ended = 0.0
         self.busy_seconds = 0.0  # of the last run, on a GPU
         self.waiting_seconds = 0.0  # of the last run: the host's, for steps to end
@@ -135,11 +145,16 @@ class LLMEngine:
         self.busy_seconds = self.waiting_seconds = 0.0
         in_flight: deque[_StepInFlight] = deque()
         while (self._scheduler.has_unfinished or in_flight) and not should_stop():
-            step = self._launch()
-            completions = [_failure(request, reason) for request, reason in step.batch.failed]
-            if step.batch.num_tokens or not in_flight:
+            batch = self._scheduler.schedule()
+            completions = [Completion.failed(request, reason) for request, reason in batch.failed]
+            step = self._launch(batch)
+            if step is None:
+                while in_flight:
+                    completions += self._finish(in_flight.popleft(), on_step)
+                self._shrink_cache()
+            elif batch.num_tokens or not in_flight:
                 in_flight.append(step)
-            if len(in_flight) >= self._max_in_flight or not step.batch.num_tokens:
+            if in_flight and (len(in_flight) >= self._max_in_flight or not batch.num_tokens):
                 completions += self._finish(in_flight.popleft(), on_step)
             for completion in completions:
                 on_finished(completion)
@@ -149,10 +164,32 @@ class LLMEngine:
         self._texts.clear()
         self._kv_cache.check_integrity(())
 
-    def _launch(self) -> _StepInFlight:
-        """Plan the next step and start it."""
-        batch = self._scheduler.schedule()
-        return _StepInFlight(batch, self._describe(batch), self._runner.launch(batch))
+    def _launch(self, batch: ScheduledBatch) -> _StepInFlight | None:
+        """Start a step; None when there is no memory for it."""
+        counts = self._describe(batch)
+        try:
+            return _StepInFlight(batch, counts, self._runner.launch(batch))
+        except torch.OutOfMemoryError as error:
+            log.warning("A step of %d tokens found no memory: %s", batch.num_tokens, error)
+            return None
+
+    def _shrink_cache(self) -> None:
+        """Give a tenth of the KV cache up for what steps need, and begin all running requests again.
+
+        Raises UsageError when that has been done too often.
+        """
+        self._num_shrinks += 1
+        num_blocks = int(self._kv_cache.num_blocks * _SHRUNK_SHARE)
+        if self._num_shrinks > _MAX_SHRINKS or num_blocks < 2:
+            raise UsageError(
+                f"Out of memory on {self.device_name} with a KV cache of {self._kv_cache.num_blocks} blocks, after "
+                f"{self._num_shrinks - 1} reductions. Lower max_num_batched_tokens "
+                f"({self._limits.max_num_batched_tokens}) or num_blocks, or see what else uses the device."
+            )
+        log.warning("The KV cache shrinks from %d to %d blocks", self._kv_cache.num_blocks, num_blocks)
+        self._kv_cache = KVCache(num_blocks, self._limits.block_size, self._limits.has_prefix_cache)
+        self._scheduler.begin_again(self._kv_cache)
+        self._runner.resize_cache(num_blocks)
 
     def _finish(self, step: _StepInFlight, on_step: Callable[[StepMetrics], None]) -> list[Completion]:
         """Wait for a step. Returns the completions that end with it."""
@@ -185,12 +222,12 @@ class LLMEngine:
                 completions.append(self._not_finite(request))
             elif is_end[index]:
                 text = self._detokenizer.decode(request.output_token_ids[:-1])
-                completions.append(_completion(request, FinishReason.STOP, text))
+                completions.append(Completion.of(request, FinishReason.STOP, text))
             elif row in texts:
-                completions.append(_completion(request, FinishReason.STOP, texts[row]))
+                completions.append(Completion.of(request, FinishReason.STOP, texts[row]))
             else:
                 text = self._detokenizer.decode(request.output_token_ids)
-                completions.append(_completion(request, FinishReason.LENGTH, text))
+                completions.append(Completion.of(request, FinishReason.LENGTH, text))
         return completions
 
     def _stopped_texts(self, rows: IntArray, token_ids: NDArray[np.int32]) -> dict[int, str]:
@@ -204,7 +241,7 @@ class LLMEngine:
         return texts
 
     def _not_finite(self, request: Request) -> Completion:
-        return _failure(
+        return Completion.failed(
             request,
             f"the model gave logits that are not finite for token {len(request.output_token_ids)} of the completion. "
             "Try --dtype float32, and check the model's weights",
@@ -242,30 +279,3 @@ class LLMEngine:
         useful = self.max_model_len * limits.max_num_seqs if max_useful_tokens is None else max_useful_tokens
         useful_blocks = -(-useful // limits.block_size) + max_requests  # each rounds its last block up
         return count_blocks(available, bytes_per_block, max(useful_blocks, 2))
-
-
-def _completion(request: Request, reason: FinishReason, text: str) -> Completion:
-    return Completion(
-        row_index=request.row_index,
-        request_id=request.request_id,
-        text=text,
-        token_ids=tuple(request.output_token_ids),
-        finish_reason=reason,
-        error=None,
-        num_prompt_tokens=request.num_prompt_tokens,
-        num_cached_tokens=request.num_cached_tokens,
-    )
-
-
-def _failure(request: Request, reason: str) -> Completion:
-    """An error completion. Tokens generated before the error are not given out: they would look like an answer."""
-    return Completion(
-        row_index=request.row_index,
-        request_id=request.request_id,
-        text=None,
-        token_ids=(),
-        finish_reason=FinishReason.ERROR,
-        error=reason,
-        num_prompt_tokens=request.num_prompt_tokens,
-        num_cached_tokens=request.num_cached_tokens,
-    )

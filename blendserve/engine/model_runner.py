@@ -64,7 +64,6 @@ class ModelRunner:
         is_batch_invariant: bool = False,
     ) -> None:
         """is_batch_invariant: decodes go through prefill attention, whose tiles are the same for any batch."""
-        config = model.config
         self._model = model
         self._sampler = sampler
         self._device = model.device
@@ -73,9 +72,7 @@ class ModelRunner:
         self._is_batch_invariant = is_batch_invariant
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self._blocks = torch.zeros(shape, dtype=model.dtype, device=self._device)
-        self._kv_cache: list[LayerCache] = [(layer[0], layer[1]) for layer in self._blocks]
+        self._allocate(num_blocks)
         max_blocks = min(-(-max_model_len // block_size), num_blocks)
         self._tables = BlockTables(max_num_seqs, max_blocks, self._device)
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self._device)
@@ -84,8 +81,21 @@ class ModelRunner:
         self._words = [self._host_words(num_words) for _ in range(_NUM_BUFFERS)]
         self._device_words = torch.zeros(num_words, dtype=torch.int64, device=self._device)
         self._results = [self._host_words(2 * max_num_seqs) for _ in range(_NUM_BUFFERS)]
-        self._captured = CapturedPasses(self._device) if self._is_gpu else None
         self._num_launched = 0
+
+    def resize_cache(self, num_blocks: int) -> None:
+        """Another KV cache, with nothing in it, in place of the old one."""
+        del self._blocks, self._kv_cache, self._captured
+        if self._is_gpu:
+            torch.cuda.empty_cache()
+        self._allocate(num_blocks)
+
+    def _allocate(self, num_blocks: int) -> None:
+        config = self._model.config
+        shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, self._block_size, config.head_dim)
+        self._blocks = torch.zeros(shape, dtype=self._model.dtype, device=self._device)
+        self._kv_cache: list[LayerCache] = [(layer[0], layer[1]) for layer in self._blocks]
+        self._captured = CapturedPasses(self._device) if self._is_gpu else None  # they hold on to the cache
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> LaunchedStep:

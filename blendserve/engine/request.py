@@ -32,6 +32,34 @@ class Completion:
     num_prompt_tokens: int
     num_cached_tokens: int
 
+    @classmethod
+    def of(cls, request: Request, reason: FinishReason, text: str) -> Completion:
+        """What `request` has generated, as its completion."""
+        return cls(
+            row_index=request.row_index,
+            request_id=request.request_id,
+            text=text,
+            token_ids=tuple(request.output_token_ids),
+            finish_reason=reason,
+            error=None,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+
+    @classmethod
+    def failed(cls, request: Request, error: str) -> Completion:
+        """An error. Tokens generated before it are not given out: they would look like an answer."""
+        return cls(
+            row_index=request.row_index,
+            request_id=request.request_id,
+            text=None,
+            token_ids=(),
+            finish_reason=FinishReason.ERROR,
+            error=error,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+
 
 def expected_output_tokens(generated: NDArray[np.int64], estimated: NDArray[np.int64]) -> NDArray[np.int64]:
     """Output tokens to expect in all, given those generated so far: whenever the estimate is outlived, as many again.

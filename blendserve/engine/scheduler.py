@@ -8,34 +8,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
-from blendserve.dual_scanner import DualScanner, Front
+from blendserve.dual_scanner import Front
 from blendserve.engine.admission import MemoryForecast
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.request import Request
 from blendserve.engine.running import RunningRequests
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
+from blendserve.engine.upcoming import RequestSource, UpcomingRequests
 
-# Upcoming requests at each front whose cached prefixes are spared from eviction, and how many steps that view may age:
-# where the fronts have moved since, and where they haven't.
-_PIN_AHEAD = 16
+# How many steps the view of what the fronts will need may age: where they have moved since, and where they haven't.
 _PIN_AGE_STEPS = 4
 _PIN_MAX_AGE_STEPS = 32
-
-
-class RequestSource(Protocol):
-    """Where requests come from: the order of admission, and the requests by their position in it."""
-
-    @property
-    def scanner(self) -> DualScanner: ...
-
-    @property
-    def is_two_ended(self) -> bool: ...
-
-    def request(self, position: int) -> Request: ...
 
 
 class Scheduler:
@@ -50,7 +36,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
     ) -> None:
-        self._source = source
+        self._waiting = UpcomingRequests(source)
         self._kv_cache = kv_cache
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
@@ -58,14 +44,13 @@ class Scheduler:
         self._prefilling: list[int] = []  # rows, in the order of admission
         self._drained: list[tuple[int, int]] = []  # (row, serial): blocks to give back once their last step is planned
         self._preempted: deque[Request] = deque()
-        self._upcoming: dict[int, Request] = {}  # requests read ahead of their admission, by position
         self._pinned_at: tuple[int, int] = (-1, -_PIN_AGE_STEPS)  # num_remaining then, step then
         self._num_steps = 0
         self._is_planned = np.zeros(max_num_seqs, dtype=np.bool_)  # into this step: these can't be preempted
 
     @property
     def num_waiting(self) -> int:
-        return self._source.scanner.num_remaining + len(self._preempted)
+        return self._waiting.scanner.num_remaining + len(self._preempted)
 
     @property
     def has_unfinished(self) -> bool:
@@ -104,6 +89,16 @@ class Scheduler:
         for row in np.flatnonzero(self.running.serials).tolist():
             self.finish(row)
         self._preempted.clear()
+
+    def begin_again(self, kv_cache: KVCache) -> None:
+        """Take all running requests back, with the tokens that are known, and go on with another, empty cache."""
+        rows = np.flatnonzero(self.running.serials)
+        for row in rows[np.argsort(-self.running.serials[rows])].tolist():
+            request = self.finish(row)
+            request.num_preemptions += 1
+            self._preempted.appendleft(request)
+        self._drained.clear()
+        self._kv_cache = kv_cache
 
     def _release_drained(self) -> None:
         """Blocks of requests whose last step is planned: whatever is planned from now on runs behind it."""
@@ -249,20 +244,20 @@ class Scheduler:
         if self._preempted:
             yield self._preempted[0], None
             return
-        scanner, held, capacity = self._source.scanner, forecast.footprint_tokens, float(self._capacity_tokens)
+        scanner, held, capacity = self._waiting.scanner, forecast.footprint_tokens, float(self._capacity_tokens)
         front = scanner.next_front(held[Front.LEFT], held[Front.RIGHT], capacity)
         if front is None:
             return
-        yield self._read(scanner.peek(front)), front
+        yield self._waiting.peek(front), front
         if front is Front.RIGHT and held[Front.LEFT] < scanner.left_share * capacity + self._max_num_batched_tokens:
-            yield self._read(scanner.peek(Front.LEFT)), Front.LEFT
+            yield self._waiting.peek(Front.LEFT), Front.LEFT
 
     def _take(self, request: Request, front: Front | None) -> None:
         if front is None:
             self._preempted.popleft()
             return
         request.front = front
-        self._upcoming.pop(self._source.scanner.take(front), None)
+        self._waiting.take(front)
 
     def _start(self, request: Request) -> int:
         request.num_prefill_tokens = request.num_tokens
@@ -298,27 +293,13 @@ class Scheduler:
     def _capacity_tokens(self) -> int:
         return self._kv_cache.num_blocks * self._kv_cache.block_size
 
-    def _read(self, position: int) -> Request:
-        if position not in self._upcoming:
-            self._upcoming[position] = self._source.request(position)
-        return self._upcoming[position]
-
     def _pin_upcoming(self) -> None:
         """When blocks are scarce, tell the cache which prompts will be admitted next from either front."""
         pinned_remaining, pinned_step = self._pinned_at
-        num_remaining = self._source.scanner.num_remaining
+        num_remaining = self._waiting.scanner.num_remaining
         needed_blocks = self.running.num_active + self._kv_cache.blocks_for(self._max_num_batched_tokens)
         max_age = _PIN_MAX_AGE_STEPS if pinned_remaining == num_remaining else _PIN_AGE_STEPS
         if self._num_steps - pinned_step < max_age or self._kv_cache.num_free_blocks > needed_blocks:
             return
         self._pinned_at = (num_remaining, self._num_steps)
-        self._kv_cache.pin(self._read(position) for position in self._upcoming_positions())
-
-    def _upcoming_positions(self) -> Iterator[int]:
-        num_remaining = self._source.scanner.num_remaining
-        if num_remaining == 0:
-            return
-        left, right = self._source.scanner.peek(Front.LEFT), self._source.scanner.peek(Front.RIGHT)
-        yield from range(left, min(left + _PIN_AHEAD, right + 1))
-        if self._source.is_two_ended:
-            yield from range(right, max(right - _PIN_AHEAD, left + _PIN_AHEAD - 1), -1)
+        self._kv_cache.pin(self._waiting.ahead())

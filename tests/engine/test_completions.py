@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from blendserve.engine.detokenizer import Detokenizer, GrowingText
 from blendserve.engine.request import FinishReason
+from blendserve.errors import UsageError
+from blendserve.models.llama import LlamaModel
 from blendserve.spec import SamplingSpec
 from tests.engine.engine_runs import generate, make_engine, make_prompts, run_engine, save_tiny_model, stated_requests
 
@@ -161,3 +165,32 @@ def test_a_run_that_is_stopped_leaves_the_engine_ready_for_the_next(llama: Path)
     stopped = run_engine(engine, requests, should_stop=lambda: next(asked) > 10)
     assert 0 < len(stopped.completions) < len(PROMPTS)
     assert run_engine(engine, requests).token_ids() == run_engine(make_engine(llama), requests).token_ids()
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+def test_a_step_without_memory_shrinks_the_cache_and_goes_on(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, max_in_flight: int
+) -> None:
+    requests = stated_requests(PROMPTS, 12)
+    expected = run_engine(make_engine(llama), requests).token_ids()
+    engine = make_engine(llama, None, max_in_flight, num_blocks=100, max_num_seqs=4)
+    forward, numbers = LlamaModel.forward, iter(range(1000))
+
+    def forward_without_memory(*arguments: Any) -> Any:
+        if next(numbers) in (0, 3, 9):
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return forward(*arguments)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward_without_memory)
+    run = run_engine(engine, requests)
+    assert run.token_ids() == expected
+    assert run.steps[-1].num_total_blocks == 72  # 100, three times less a tenth
+
+
+def test_a_device_that_never_has_memory_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward_without_memory(*_arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(LlamaModel, "forward", forward_without_memory)
+    with pytest.raises(UsageError, match=r"after 5 reductions\. Lower max_num_batched_tokens \(512\)"):
+        run_engine(make_engine(llama), stated_requests(PROMPTS, 12))

@@ -1,0 +1,54 @@
+"""The requests that wait at the fronts of a source, read ahead as far as that is of use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from blendserve.dual_scanner import DualScanner, Front
+from blendserve.engine.request import Request
+
+_AHEAD = 16  # at each front
+
+
+class RequestSource(Protocol):
+    """Where requests come from: the order of admission, and the requests by their position in it."""
+
+    @property
+    def scanner(self) -> DualScanner: ...
+
+    @property
+    def is_two_ended(self) -> bool: ...
+
+    def request(self, position: int) -> Request: ...
+
+
+class UpcomingRequests:
+    """A source, with the requests that were read before they are taken."""
+
+    def __init__(self, source: RequestSource) -> None:
+        self._source = source
+        self.scanner = source.scanner
+        self._read: dict[int, Request] = {}  # by position
+
+    def peek(self, front: Front) -> Request:
+        """The next request at `front`, not taken."""
+        return self._at(self.scanner.peek(front))
+
+    def take(self, front: Front) -> None:
+        """Take the request at `front` out of those that wait."""
+        self._read.pop(self.scanner.take(front), None)
+
+    def ahead(self) -> Iterator[Request]:
+        """The requests that will be admitted next from either front."""
+        if self.scanner.num_remaining == 0:
+            return
+        left, right = self.scanner.peek(Front.LEFT), self.scanner.peek(Front.RIGHT)
+        yield from map(self._at, range(left, min(left + _AHEAD, right + 1)))
+        if self._source.is_two_ended:
+            yield from map(self._at, range(right, max(right - _AHEAD, left + _AHEAD - 1), -1))
+
+    def _at(self, position: int) -> Request:
+        if position not in self._read:
+            self._read[position] = self._source.request(position)
+        return self._read[position]
