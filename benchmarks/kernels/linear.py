@@ -25,7 +25,7 @@ ROUNDS = 3
 NUM_SMS = 132
 
 
-def _in_turn(candidates: dict[str, list[Callable[[], object]]]) -> dict[str, float]:
+def seconds_in_turn(candidates: dict[str, list[Callable[[], object]]]) -> dict[str, float]:
     """Return each candidate's median of its rounds, in seconds per call."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(ROUNDS):
@@ -45,7 +45,9 @@ def bench_projection(num_tokens: int, num_in: int, num_out: int) -> Row:
     ]
     x, weight = operands[0]
     check_close(f"linear {num_tokens} x {num_in} x {num_out}", linear(x, weight), x.float() @ weight.float().t())
-    seconds = _in_turn({name: [partial(run, *o) for o in operands] for name, run in (("c", F.linear), ("k", linear))})
+    seconds = seconds_in_turn(
+        {name: [partial(run, *o) for o in operands] for name, run in (("c", F.linear), ("k", linear))}
+    )
     flops = 2 * num_tokens * num_in * num_out
     return {
         "kernel": "linear",
@@ -74,7 +76,9 @@ def bench_fused(num_tokens: int, num_in: int, num_out: int) -> Row:
     def apart(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return silu_and_multiply(F.linear(x, weight))
 
-    seconds = _in_turn({name: [partial(run, *o) for o in operands] for name, run in (("a", apart), ("f", fused))})
+    seconds = seconds_in_turn(
+        {name: [partial(run, *o) for o in operands] for name, run in (("a", apart), ("f", fused))}
+    )
     return {
         "kernel": "linear + silu",
         "tokens": num_tokens,

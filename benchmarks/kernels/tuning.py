@@ -15,9 +15,22 @@ from functools import partial
 import torch
 
 from benchmarks.kernels.attention import FEW_PROGRAMS, SCALE, KVPool
-from benchmarks.kernels.measuring import DTYPE, HEAD_DIM, HEADS, KV_BYTES_PER_TOKEN, median_seconds
+from benchmarks.kernels.linear import seconds_in_turn
+from benchmarks.kernels.measuring import (
+    DTYPE,
+    HEAD_DIM,
+    HEADS,
+    KV_BYTES_PER_TOKEN,
+    PROJECTIONS,
+    copy_bytes_per_second,
+    median_seconds,
+)
+from blendserve_kernels.gluon_kernels import decode_attention as hopper_decode
+from blendserve_kernels.gluon_kernels import linear as hopper_linear
+from blendserve_kernels.silu_and_multiply import silu_and_multiply
 from blendserve_kernels.triton_kernels.decode_attention import (
     LaunchShape,
+    choose_decode_shape,
     decode_attention_triton,
     plan_decode_triton,
 )
@@ -131,10 +144,69 @@ def tune_shared_prefix(pool: KVPool) -> None:
         _attempt(f"shared prefix rows {rows} {shape}".replace("LaunchShape", ""), figure)
 
 
+def tune_hopper_decode(pool: KVPool) -> None:
+    """Print the share of a copy's bandwidth for the boxes and the programs of the decode kernel for Hopper."""
+    copy_rate = copy_bytes_per_second()
+    for lens in (
+        torch.full((64,), 512),
+        torch.full((256,), 512),
+        torch.randint(100, 301, (1000,)),
+        torch.full((256,), 2048),
+    ):
+        lens = lens.to(device="cuda", dtype=torch.int32)
+        q = torch.randn(len(lens), HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
+        tables = pool.parts(len(lens), int(lens.max()))
+        for box, programs in ((16, None), (32, None), (64, None), (16, 128), (16, 96), (16, 48), (16, 32)):
+            hopper_decode.BOX = box
+            shape = choose_decode_shape(pool.k_cache, HEADS // pool.k_cache.shape[1], programs)
+
+            def figure(shape: LaunchShape = shape) -> str:
+                calls = [
+                    partial(
+                        decode_attention_triton,
+                        *(q, pool.k_cache, pool.v_cache, table, lens, SCALE),
+                        plan=plan_decode_triton(pool.k_cache, table, lens, HEADS, shape=shape),
+                    )
+                    for table in tables
+                ]
+                seconds = median_seconds(calls, 9)
+                return f"{int(lens.sum()) * KV_BYTES_PER_TOKEN / seconds / copy_rate:.3f} {seconds * 1e6:.1f} us"
+
+            _attempt(f"decode {len(lens)} x {int(lens.max())} box {box} programs {programs}", figure)
+
+
+def tune_linear(pool: KVPool) -> None:
+    """Print the time of the fused half of the MLP for groups of row tiles, and of cuBLAS with the activation."""
+    num_in, num_out = PROJECTIONS[2]
+    for num_tokens in (128, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096, 8192):
+        operands = [
+            (
+                torch.randn(num_tokens, num_in, device="cuda", dtype=DTYPE),
+                torch.randn(num_out, num_in, device="cuda", dtype=DTYPE) / num_in**0.5,
+            )
+            for _ in range(2)
+        ]
+        out = torch.empty(num_tokens, num_out // 2, device="cuda", dtype=DTYPE)
+
+        def fused(x: torch.Tensor, weight: torch.Tensor, group_m: int) -> None:
+            hopper_linear._GROUP_M = group_m
+            hopper_linear.launch(x, weight, out, True, torch.cuda.get_device_properties(0).multi_processor_count)
+
+        def apart(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return silu_and_multiply(torch.nn.functional.linear(x, weight))
+
+        candidates = {f"group {g}": [partial(fused, *o, g) for o in operands] for g in (4, 8, 16, 32)}
+        candidates["apart"] = [partial(apart, *o) for o in operands]
+        _attempt(
+            f"linear + silu {num_tokens}",
+            lambda: " ".join(f"{name} {seconds * 1e6:.0f}" for name, seconds in seconds_in_turn(candidates).items()),
+        )
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     kv_pool = KVPool()
-    wanted = sys.argv[1:] or ["decode", "prefill", "shared_prefix"]
-    for tune in (tune_decode, tune_prefill, tune_shared_prefix):
+    wanted = sys.argv[1:] or ["decode", "prefill", "shared_prefix", "hopper_decode", "linear"]
+    for tune in (tune_decode, tune_prefill, tune_shared_prefix, tune_hopper_decode, tune_linear):
         if tune.__name__.removeprefix("tune_") in wanted:
             tune(kv_pool)
