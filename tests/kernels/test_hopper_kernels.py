@@ -70,7 +70,8 @@ def test_prefill_attention(
     )
     bounds = torch.tensor([3, *chunk_lens]).cumsum(0).to(torch.int32)
     begin, end = int(bounds[0]), int(bounds[-1])
-    q = torch.full((end + 4, 2 * group_size, head_dim), torch.nan, dtype=HALF)
+    num_columns = 2 * group_size * head_dim
+    q = torch.full((end + 4, num_columns + 3), torch.nan, dtype=HALF)[:, 3:].view(end + 4, -1, head_dim)  # rows apart
     q[begin:end] = torch.randn(end - begin, 2 * group_size, head_dim).to(HALF)
     table, lens, cache = requests.block_table, requests.context_lens, (requests.k_cache, requests.v_cache)
     plan = plan_prefill_triton(cache[0], bounds, lens, len(q), 2 * group_size)
@@ -97,7 +98,7 @@ def test_prefill_attention_of_no_chunks(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(("num_tokens", "num_in", "num_out"), [(1, 64, 256), (300, 320, 512), (129, 128, 768)])
 def test_linear(num_tokens: int, num_in: int, num_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = emulated("linear", monkeypatch)
-    x = torch.randn(num_tokens, num_in).to(HALF)
+    x = torch.randn(num_tokens, num_in + 3).to(HALF)[:, 3:]  # rows apart
     gate, up = (torch.randn(num_out // 2, num_in).to(HALF) / 8 for _ in range(2))
     weight = interleave_gate_up(gate, up)
     for is_fused, width in ((False, num_out), (True, num_out // 2)):

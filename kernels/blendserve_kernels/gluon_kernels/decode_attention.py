@@ -25,6 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from blendserve_kernels.gluon_kernels.alignment import aligned
+
 TILE = 64  # keys a tile
 BOX = 16  # keys a copy
 _FEW_PROGRAMS = 64  # so few fill the memory's queue only with a third tile in flight, more overfill it
@@ -657,7 +659,7 @@ def launch(
     extrema = torch.empty(num_state_rows, 2, dtype=torch.float32, device=q.device)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     _paged_attention_kernel[(num_programs,)](
-        TensorDescriptor.from_tensor(q.contiguous().view(-1, head_dim), [columns, _PANEL], layout),
+        TensorDescriptor.from_tensor(aligned(q.contiguous().view(-1, head_dim)), [columns, _PANEL], layout),
         TensorDescriptor.from_tensor(k_cache.view(-1, head_dim), [BOX, _PANEL], layout),
         TensorDescriptor.from_tensor(v_cache.view(-1, head_dim), [BOX, _PANEL], layout),
         list_length,

@@ -24,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from blendserve_kernels.gluon_kernels.alignment import aligned
+
 TILE_M, TILE_N, TILE_K = 128, 256, 64
 _STAGES = 4
 _GROUP_M = 8  # tiles of rows that run together over the same columns, so that both operands stay in the L2 cache
@@ -235,7 +237,7 @@ def launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, is_fused: b
     num_n = weight.shape[0] // TILE_N
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     _linear_kernel[(min(num_programs, num_m * num_n),)](
-        TensorDescriptor.from_tensor(x, [64, TILE_K], layout),
+        TensorDescriptor.from_tensor(aligned(x), [64, TILE_K], layout),
         TensorDescriptor.from_tensor(weight, [TILE_N, TILE_K], layout),
         TensorDescriptor.from_tensor(out, [64, 128], layout),
         num_m,

@@ -25,6 +25,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from blendserve_kernels.gluon_kernels.alignment import aligned
+
 ROWS = 128  # query rows a block, half of them for each warp group
 TILE = 128  # keys a tile
 _STAGES = 2  # tiles of keys, and of values, in flight
@@ -466,7 +468,7 @@ def launch(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     _prefill_attention_kernel[(num_programs,)](
-        TensorDescriptor.from_tensor(q, [64 // pack, pack, 64], q_layout),
+        TensorDescriptor.from_tensor(aligned(q), [64 // pack, pack, 64], q_layout),
         TensorDescriptor.from_tensor(k_cache.view(-1, head_dim), [TILE, head_dim], layout),
         TensorDescriptor.from_tensor(v_cache.view(-1, head_dim), [TILE, head_dim], layout),
         block_table,

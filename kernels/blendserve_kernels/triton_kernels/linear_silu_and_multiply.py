@@ -49,7 +49,7 @@ def linear_silu_and_multiply_triton(
 ) -> torch.Tensor:
     """Launch `linear_silu_and_multiply.linear_silu_and_multiply`; arguments as there, unchecked. No host sync."""
     is_faster = any(first <= x.shape[0] <= last for first, last in _FUSED_TOKENS)
-    if not is_faster or not fits_hopper_kernel(x, weight):
+    if not is_faster or not fits_hopper_kernel(weight):
         return silu_and_multiply_chunks_triton(torch.nn.functional.linear(x, weight))
     from blendserve_kernels.gluon_kernels import linear
 
