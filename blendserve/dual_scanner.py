@@ -78,9 +78,19 @@ class DualScanner:
         return self._right - self._left
 
     @property
+    def compute_remaining(self) -> float:
+        """Compute seconds of all that hasn't been taken."""
+        return max(self._compute_remaining, 0.0)
+
+    @property
+    def memory_remaining(self) -> float:
+        """Memory seconds of all that hasn't been taken, never quite zero."""
+        return max(self._memory_remaining, _MIN_MEMORY_SECONDS)
+
+    @property
     def density_remaining(self) -> float:
         """Compute over memory time of all that hasn't been taken: the root's density, over what remains."""
-        return max(self._compute_remaining, 0.0) / max(self._memory_remaining, _MIN_MEMORY_SECONDS)
+        return self.compute_remaining / self.memory_remaining
 
     @property
     def left_share(self) -> float:
@@ -117,6 +127,10 @@ class DualScanner:
         if front is Front.LEFT or not self._is_two_ended:
             return capacity_tokens
         return (1.0 - max(self.left_share, _MIN_LEFT_SHARE)) * capacity_tokens
+
+    def seconds_at(self, position: int) -> tuple[float, float]:
+        """Compute and memory seconds of the request at a shard position."""
+        return float(self._compute_seconds[position]), float(self._memory_seconds[position])
 
     def peek(self, front: Front) -> int:
         """The shard position at `front`, not taken. Raises IndexError when nothing remains."""

@@ -78,6 +78,11 @@ class EngineSpec(_Spec):
         description="Prompt plus completion, in tokens. Empty: the model's own limit.",
     )
     prefix_cache: bool = Field(True, title="Prefix cache", description="Compute a shared prompt prefix once.")
+    overlap: Literal["off", "on"] = Field(
+        "off",
+        title="Overlap",
+        description="on: on a GPU, decodes run beside prefill chunks where a step has much of both.",
+    )
     deterministic: bool = Field(
         False,
         title="Deterministic",

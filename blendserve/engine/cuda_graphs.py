@@ -27,7 +27,17 @@ def padded_shape(num_decodes: int, num_prefill_tokens: int, num_chunks: int) -> 
     return StepShape(num_tokens, min(padded_decodes, num_tokens), _round_up(num_chunks, _MAX_CHUNKS))
 
 
+def overlapped_shape(num_decodes: int, num_prefill_tokens: int, num_chunks: int, num_programs: int) -> StepShape:
+    """The same where decodes and chunks run side by side, each with padding of its own."""
+    decodes = _round_up(num_decodes, 64)
+    return StepShape(
+        decodes + _round_up(num_prefill_tokens, 128), decodes, _round_up(num_chunks, _MAX_CHUNKS), num_programs
+    )
+
+
 def is_captured(shape: StepShape) -> bool:
+    if shape.num_programs:  # Python can't launch two streams at one time
+        return shape.num_tokens <= 2 * _MAX_TOKENS
     # Decodes that go through as chunks are many.
     return shape.num_tokens <= _MAX_TOKENS and (shape.num_chunks <= _MAX_CHUNKS or shape.num_decodes == 0)
 
@@ -70,7 +80,8 @@ class CapturedPasses:
     """Graphs by shape. All read their inputs from the same place, and each leaves its output in its own."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Decodes go first where they run beside prefill chunks: theirs are the small kernels.
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._seen: set[StepShape] = set()

@@ -26,6 +26,7 @@ from blendserve.engine.device import (
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.memory_profile import profile_activation_bytes
 from blendserve.engine.model_runner import LaunchedStep, ModelRunner, StepOutput
+from blendserve.engine.overlap import OverlapPolicy
 from blendserve.engine.request import Completion, FinishReason, Request
 from blendserve.engine.running import IntArray
 from blendserve.engine.sampler import Sampler
@@ -67,11 +68,14 @@ class LLMEngine:
         max_useful_tokens: int | None = None,
         max_requests: int = 0,
         max_in_flight: int | None = None,
+        overlap: OverlapPolicy | None = None,
     ) -> None:
         """max_useful_tokens, max_requests: all that will run at most, so that no more memory is taken than it can fill.
 
         max_in_flight: steps that may be launched before the first one's tokens are back, 1 or 2. A GPU gets 2, so that
         it never waits for the host; on a CPU there is nothing to hide.
+
+        overlap: when decodes and prefill chunks run side by side; by `spec` without it.
 
         Raises ModelError when the model can't be loaded, UsageError when the device or its memory can't do.
         """
@@ -84,6 +88,8 @@ class LLMEngine:
         self._limits = limits = resolve_limits(spec, device)
         self._detokenizer = Detokenizer(model_folder, sampling.stop)
         self._eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
+        if spec.overlap == "on" and device.type == "cuda" and not limits.is_batch_invariant:
+            overlap = overlap or OverlapPolicy()
         is_dummy = spec.load_format == "dummy"
         is_invariant = limits.is_batch_invariant
         weights = (
@@ -105,7 +111,9 @@ class LLMEngine:
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             is_batch_invariant=is_invariant,
+            overlap=overlap,
         )
+        self._is_paced = overlap is not None
         self._max_in_flight = max_in_flight or (2 if device.type == "cuda" else 1)
         self._texts: dict[int, GrowingText] = {}  # by position, where stop strings have to be looked for
         self._num_steps = self._num_shrinks = 0
@@ -139,6 +147,7 @@ class LLMEngine:
             max_num_seqs=self._limits.max_num_seqs,
             max_num_batched_tokens=self._limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
+            is_paced=self._is_paced,
         )
         self._num_steps, self._ended = 0, time.perf_counter()
         self._started = self._ended

@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 from blendserve.engine.cuda_graphs import (
     CapturedPasses,
     is_captured,
+    overlapped_shape,
     padded_samples,
     padded_shape,
     shapes_to_prepare,
 )
+from blendserve.engine.overlap import OverlapPolicy
 from blendserve.engine.running import IntArray
 from blendserve.engine.sampler import Sampler
 from blendserve.engine.scheduled_batch import ScheduledBatch
-from blendserve.engine.step_inputs import BlockTables, StepShape, model_batch, model_words, sampled_tokens
+from blendserve.engine.step_inputs import BlockTables, StepShape, model_batches, model_words, sampled_tokens
+from blendserve.models.batch import ModelBatch
 from blendserve.models.llama import LayerCache, LlamaModel
 from blendserve_kernels.copy_blocks import copy_blocks
 
@@ -62,21 +65,30 @@ class ModelRunner:
         max_num_batched_tokens: int,
         max_model_len: int,
         is_batch_invariant: bool = False,
+        overlap: OverlapPolicy | None = None,
     ) -> None:
-        """is_batch_invariant: decodes go through prefill attention, whose tiles are the same for any batch."""
+        """is_batch_invariant: decodes go through prefill attention, whose tiles are the same for any batch.
+
+        overlap: when decodes and prefill chunks run side by side; never without it.
+        """
         self._model = model
         self._sampler = sampler
         self._device = model.device
         self._is_gpu = model.device.type == "cuda"
         self._block_size = block_size
         self._is_batch_invariant = is_batch_invariant
+        self._overlap = overlap
+        self._side_stream: torch.cuda.Stream | None = None
+        if self._is_gpu and overlap is not None:
+            self._side_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._allocate(num_blocks)
         max_blocks = min(-(-max_model_len // block_size), num_blocks)
         self._tables = BlockTables(max_num_seqs, max_blocks, self._device)
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self._device)
-        most = max(max_num_batched_tokens, max_num_seqs) + 128  # of tokens, of decodes and of chunks, with padding
+        # The most tokens, decodes or chunks that a step has, with padding.
+        most = max(max_num_batched_tokens, max_num_seqs) + max_num_seqs + 256
         num_words = StepShape(most, most, most).num_words
         self._words = [self._host_words(num_words) for _ in range(_NUM_BUFFERS)]
         self._device_words = torch.zeros(num_words, dtype=torch.int64, device=self._device)
@@ -111,13 +123,14 @@ class ModelRunner:
         index, blocks = self._tables.change(batch.table_changes)
         copies = np.array([(copy.source, copy.target, copy.num_tokens) for copy in batch.block_copies], dtype=np.int64)
         num_sampled = len(batch.sampled_rows)
-        columns = [*self._sampling_columns(batch), index, blocks, *copies.reshape(-1, 3).T]
+        shape = self._shape(batch)
+        columns = [*self._sampling_columns(batch, shape), index, blocks, *copies.reshape(-1, 3).T]
         parts = torch.split(self._upload(np.concatenate(columns)), [len(column) for column in columns])
         sampled, rows, seeds, positions, index_there, blocks_there, *copies_there = parts
         if len(index):
             self._tables.device.view(-1)[index_there] = blocks_there.int()
         copy_blocks(self._blocks.flatten(0, 1), *copies_there)
-        hidden = self._hidden(batch, self._words[buffer], sampled)
+        hidden = self._hidden(batch, shape, self._words[buffer], sampled)
         if num_sampled == 0:
             return LaunchedStep(torch.zeros(2, 0, dtype=torch.int64), began, self._mark())
         token_ids, is_finite = self._sampler(self._model.logits(hidden), seeds, positions)
@@ -158,9 +171,9 @@ class ModelRunner:
         token_ids, is_valid = step.result.numpy()
         return StepOutput(token_ids.astype(np.int32), is_valid.astype(np.bool_), busy_seconds)
 
-    def _sampling_columns(self, batch: ScheduledBatch) -> list[IntArray]:
+    def _sampling_columns(self, batch: ScheduledBatch, shape: StepShape) -> list[IntArray]:
         """Tokens to sample from, their rows, seeds and positions; on a GPU padded, with the row for padding."""
-        columns = [sampled_tokens(batch), batch.sampled_rows, batch.sampled_seeds, batch.sampled_positions]
+        columns = [sampled_tokens(batch, shape), batch.sampled_rows, batch.sampled_seeds, batch.sampled_positions]
         num_sampled = len(batch.sampled_rows)
         if not self._is_gpu or num_sampled == 0:
             return columns
@@ -170,9 +183,10 @@ class ModelRunner:
             for column, value in zip(columns, (0, self._max_num_seqs, 0, 0), strict=True)
         ]
 
-    def _hidden(self, batch: ScheduledBatch, host_words: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+    def _hidden(
+        self, batch: ScheduledBatch, shape: StepShape, host_words: torch.Tensor, sampled: torch.Tensor
+    ) -> torch.Tensor:
         """What the head needs of the sampled tokens, [num_sampled, H]."""
-        shape = self._shape(batch)
         words = host_words[: shape.num_words]
         model_words(batch, shape, self._tables, self._block_size, words.numpy())
         words = self._device_words[: shape.num_words].copy_(words, non_blocking=True)
@@ -190,6 +204,11 @@ class ModelRunner:
         num_decodes, num_chunks = len(batch.decode_rows), len(batch.prefills)
         if self._is_batch_invariant:
             return padded_shape(0, batch.num_tokens, num_decodes + num_chunks)
+        if self._overlap is not None:
+            num_kv_tokens = int(batch.decode_positions.sum()) + num_decodes
+            num_programs = self._overlap.num_programs(num_decodes, num_kv_tokens, batch.num_prefill_tokens)
+            if num_programs:
+                return overlapped_shape(num_decodes, batch.num_prefill_tokens, num_chunks, num_programs)
         if self._is_gpu:
             return padded_shape(num_decodes, batch.num_prefill_tokens, num_chunks)
         return StepShape(batch.num_tokens, num_decodes, num_chunks)
@@ -202,8 +221,23 @@ class ModelRunner:
         longest_chunk: int,
         sampled: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        batch = model_batch(words, shape, tables, self._last_tokens, longest_chunk)
-        return self._model.forward(batch, self._kv_cache, sampled)
+        batches = model_batches(words, shape, tables, self._last_tokens, longest_chunk)
+        if len(batches) == 1:
+            return self._model.forward(batches[0], self._kv_cache, sampled)
+        hidden = torch.cat(self._forward_side_by_side(*batches))
+        return hidden if sampled is None else hidden[sampled]
+
+    def _forward_side_by_side(self, decodes: ModelBatch, chunks: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both at one time: they don't depend on each other, and what one leaves idle the other can use."""
+        if self._side_stream is None:
+            return self._model.forward(decodes, self._kv_cache), self._model.forward(chunks, self._kv_cache)
+        stream = torch.cuda.current_stream(self._device)
+        self._side_stream.wait_stream(stream)
+        with torch.cuda.stream(self._side_stream):
+            chunks_hidden = self._model.forward(chunks, self._kv_cache)
+        decodes_hidden = self._model.forward(decodes, self._kv_cache)
+        stream.wait_stream(self._side_stream)
+        return decodes_hidden, chunks_hidden
 
     def _upload(self, array: NDArray[np.int64]) -> torch.Tensor:
         host = torch.from_numpy(array)

@@ -14,6 +14,7 @@ import numpy as np
 from blendserve.dual_scanner import Front
 from blendserve.engine.admission import MemoryForecast
 from blendserve.engine.kv_cache import KVCache
+from blendserve.engine.pace import Pace
 from blendserve.engine.request import Request
 from blendserve.engine.running import RunningRequests
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
@@ -35,7 +36,9 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        is_paced: bool = False,
     ) -> None:
+        """is_paced: the left front is prefilled at the pace of the running decodes, where both overlap."""
         self._waiting = UpcomingRequests(source)
         self._kv_cache = kv_cache
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -45,6 +48,8 @@ class Scheduler:
         self._drained: list[tuple[int, int]] = []  # (row, serial): blocks to give back once their last step is planned
         self._preempted: deque[Request] = deque()
         self._pinned_at: tuple[int, int] = (-1, -_PIN_AGE_STEPS)  # num_remaining then, step then
+        self._pace = Pace(self._waiting.scanner) if is_paced and source.is_two_ended else None
+        self._left_budget = 0  # prefill tokens that the left front may still have in this step
         self._num_steps = 0
         self._is_planned = np.zeros(max_num_seqs, dtype=np.bool_)  # into this step: these can't be preempted
 
@@ -65,6 +70,9 @@ class Scheduler:
         self._release_drained()
         self._pin_upcoming()
         self._schedule_decodes(batch)
+        self._left_budget = self._max_num_batched_tokens
+        if self._pace:
+            self._left_budget = self._pace.left_prefill_tokens(self.running, len(batch.decode_rows))
         for row in list(self._prefilling):
             if row in self._prefilling:  # not preempted meanwhile
                 self._schedule_prefill(batch, row)
@@ -125,10 +133,12 @@ class Scheduler:
         running.context_tokens[rows] += 1
 
     def _schedule_prefill(self, batch: ScheduledBatch, row: int) -> None:
+        request = self.running.request(row)
         budget = self._max_num_batched_tokens - batch.num_tokens
+        if request.front is Front.LEFT:
+            budget = min(budget, self._left_budget)
         if budget <= 0:
             return
-        request = self.running.request(row)
         num_shared = self._kv_cache.take_cached_blocks(request)
         if request.num_preemptions == 0:  # what a preempted request finds again are its own tokens, no savings
             request.num_cached_tokens += num_shared
@@ -143,6 +153,8 @@ class Scheduler:
         is_last = end == request.num_prefill_tokens
         batch.prefills.append(PrefillChunk(request, row, start, end - start, is_last))
         batch.num_prefill_tokens += end - start
+        if request.front is Front.LEFT:
+            self._left_budget -= end - start
         request.num_computed_tokens = end
         self.running.context_tokens[row] = end
         self._is_planned[row] = True
@@ -221,10 +233,14 @@ class Scheduler:
                 return True
             if self._kv_cache.should_wait(request):
                 continue
+            if front is Front.LEFT and self._left_budget <= 0:
+                continue
             num_cached, num_revived = self._kv_cache.count_cached_tokens(request)
             # With nothing running the whole cache is free, so the request fits whatever the forecast says.
             if self.running.is_active.any() and not forecast.fits(request, num_cached, num_revived):
                 continue
+            if self._pace and front is not None:
+                self._pace.admit(request, num_cached)
             self._take(request, front)
             row = self._start(request)
             self._schedule_prefill(batch, row)

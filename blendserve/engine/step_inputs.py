@@ -15,11 +15,16 @@ from blendserve.models.batch import DecodePart, ModelBatch, PrefillPart
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """How many tokens, decodes and prefill chunks the model gets, padding included."""
+    """How many tokens, decodes and prefill chunks the model gets, padding included.
+
+    num_programs: where decodes and chunks run side by side, how many SMs decode attention takes, and the chunks' tokens
+    begin behind the padding of the decodes. 0: all go through the model together.
+    """
 
     num_tokens: int
     num_decodes: int
     num_chunks: int
+    num_programs: int = 0
 
     @property
     def sizes(self) -> list[int]:
@@ -31,6 +36,10 @@ class StepShape:
     @property
     def num_words(self) -> int:
         return sum(self.sizes)
+
+    def first_prefill_token(self, num_decodes: int) -> int:
+        """Where the chunks' tokens begin when there are `num_decodes` decodes without padding."""
+        return self.num_decodes if self.num_programs else num_decodes
 
 
 class BlockTables:
@@ -66,59 +75,72 @@ def model_words(batch: ScheduledBatch, shape: StepShape, tables: BlockTables, bl
     """
     parts = np.split(out, np.cumsum(shape.sizes)[:-1])
     token_ids, positions, slots, decode_rows, decode_contexts, chunk_rows, chunk_contexts, chunk_starts = parts
-    num_decodes, num_tokens = len(batch.decode_rows), batch.num_tokens
+    num_decodes = len(batch.decode_rows)
     rows = np.array([chunk.row for chunk in batch.prefills], dtype=np.int64)
     starts = np.array([chunk.start for chunk in batch.prefills], dtype=np.int64)
     lens = np.array([chunk.num_tokens for chunk in batch.prefills], dtype=np.int64)
-    token_ids[:num_decodes] = -1 - batch.decode_rows
+    first = shape.first_prefill_token(num_decodes)
+    decodes, chunks = slice(num_decodes), slice(first, first + batch.num_prefill_tokens)
+    token_ids[:] = positions[:] = 0
+    slots[:] = -1
+    token_ids[decodes] = -1 - batch.decode_rows
     if batch.prefills:
-        np.concatenate([chunk.token_ids for chunk in batch.prefills], out=token_ids[num_decodes:num_tokens])
-    positions[:num_decodes] = batch.decode_positions
-    positions[num_decodes:num_tokens] = ranges(starts, lens)
-    token_rows = np.concatenate((batch.decode_rows, np.repeat(rows, lens)))
-    slots[:num_tokens] = tables.slots(token_rows, positions[:num_tokens], block_size)
-    token_ids[num_tokens:] = positions[num_tokens:] = 0
-    slots[num_tokens:] = -1
+        np.concatenate([chunk.token_ids for chunk in batch.prefills], out=token_ids[chunks])
+    positions[decodes] = batch.decode_positions
+    positions[chunks] = ranges(starts, lens)
+    slots[decodes] = tables.slots(batch.decode_rows, batch.decode_positions, block_size)
+    slots[chunks] = tables.slots(np.repeat(rows, lens), positions[chunks], block_size)
     padding_row = tables.device.shape[0] - 1
     contexts = starts + lens
     if shape.num_decodes:
         _fill(decode_rows, batch.decode_rows, padding_row)
         _fill(decode_contexts, batch.decode_positions + 1, 0)
+        first = 0 if shape.num_programs else num_decodes
     else:
         rows = np.concatenate((batch.decode_rows, rows))
         contexts = np.concatenate((batch.decode_positions + 1, contexts))
         lens = np.concatenate((np.ones(num_decodes, dtype=np.int64), lens))
+        first = 0
     _fill(chunk_rows, rows, padding_row)
     _fill(chunk_contexts, contexts, 0)
-    _fill(chunk_starts, num_tokens - int(lens.sum()) + np.concatenate(([0], np.cumsum(lens))), num_tokens)
+    _fill(chunk_starts, first + np.concatenate(([0], np.cumsum(lens))), first + int(lens.sum()))
 
 
-def model_batch(
+def model_batches(
     words: torch.Tensor, shape: StepShape, tables: torch.Tensor, last_tokens: torch.Tensor, longest_chunk: int
-) -> ModelBatch:
-    """The batch from its words on the device, int64 [shape.num_words]. tables: as wide as the longest context needs.
+) -> list[ModelBatch]:
+    """The batch from its words on the device, int64 [shape.num_words]; two where decodes and chunks run side by side.
 
-    last_tokens: int64 [rows], the token that each row sampled last. longest_chunk: in tokens, an upper bound.
+    tables: as wide as the longest context needs. last_tokens: int64 [rows], the token that each row sampled last.
+    longest_chunk: in tokens, an upper bound.
     """
     token_ids, positions, slots, *parts = torch.split(words, shape.sizes)
     decode_rows, decode_contexts, chunk_rows, chunk_contexts, chunk_starts = parts
     sampled = last_tokens[(-1 - token_ids).clamp(min=0)]
-    return ModelBatch(
-        token_ids=torch.where(token_ids < 0, sampled, token_ids),
-        positions=positions,
-        slot_mapping=slots,
-        decode=DecodePart(tables[decode_rows], decode_contexts.int()) if shape.num_decodes else None,
-        prefill=PrefillPart(tables[chunk_rows], chunk_starts.int(), chunk_contexts.int(), longest_chunk)
-        if shape.num_chunks
-        else None,
-    )
+    token_ids = torch.where(token_ids < 0, sampled, token_ids)
+    decode = prefill = None
+    if shape.num_decodes:
+        decode = DecodePart(tables[decode_rows], decode_contexts.int(), shape.num_programs or None)
+    if shape.num_chunks:
+        prefill = PrefillPart(tables[chunk_rows], chunk_starts.int(), chunk_contexts.int(), longest_chunk)
+    if not shape.num_programs:
+        return [ModelBatch(token_ids, positions, slots, decode, prefill)]
+    first, second = slice(shape.num_decodes), slice(shape.num_decodes, None)
+    return [
+        ModelBatch(token_ids[first], positions[first], slots[first], decode, None),
+        ModelBatch(token_ids[second], positions[second], slots[second], None, prefill),
+    ]
 
 
-def sampled_tokens(batch: ScheduledBatch) -> IntArray:
-    """Which tokens of the batch are sampled from: the decodes, and the last of each chunk that completes its prompt."""
+def sampled_tokens(batch: ScheduledBatch, shape: StepShape) -> IntArray:
+    """Which of the model's tokens are sampled from: the decodes', and the last of each chunk that ends its prompt."""
     num_decodes = len(batch.decode_rows)
     is_last = np.array([chunk.is_last for chunk in batch.prefills], dtype=np.bool_)
-    chunk_ends = num_decodes + np.cumsum([chunk.num_tokens for chunk in batch.prefills], dtype=np.int64) - 1
+    chunk_ends = (
+        shape.first_prefill_token(num_decodes)
+        + np.cumsum([chunk.num_tokens for chunk in batch.prefills], dtype=np.int64)
+        - 1
+    )
     return np.concatenate((np.arange(num_decodes, dtype=np.int64), chunk_ends[is_last]))
 
 

@@ -26,6 +26,7 @@ class DecodePart:
 
     block_table: torch.Tensor  # int32 [B, max_blocks]
     context_lens: torch.Tensor  # int32 [B], tokens in the cache including the one being decoded
+    num_programs: int | None = None  # SMs that attention may take, all by default
 
 
 @dataclass(frozen=True, slots=True)

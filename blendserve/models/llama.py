@@ -78,7 +78,9 @@ class LlamaModel:
         """The work lists of both kinds of attention, which all layers share."""
         decode, prefill, num_heads = batch.decode, batch.prefill, self.config.num_heads
         return (
-            plan_decode(k_cache, decode.block_table, decode.context_lens, num_heads) if decode else None,
+            plan_decode(k_cache, decode.block_table, decode.context_lens, num_heads, decode.num_programs)
+            if decode
+            else None,
             plan_prefill(k_cache, prefill.cu_seqlens_q, prefill.context_lens, len(batch.token_ids), num_heads)
             if prefill
             else None,

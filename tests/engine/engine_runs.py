@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from blendserve.dual_scanner import DualScanner
 from blendserve.engine.engine import LLMEngine
+from blendserve.engine.overlap import OverlapPolicy
 from blendserve.engine.request import Completion, Request
 from blendserve.engine.sampler import request_seed
 from blendserve.engine.step_metrics import StepMetrics
@@ -135,12 +136,16 @@ def stated_requests(prompts: Sequence[Sequence[int]], max_tokens: int, **more: A
 
 
 def make_engine(
-    folder: Path, sampling: SamplingSpec | None = None, max_in_flight: int | None = None, **spec: Any
+    folder: Path,
+    sampling: SamplingSpec | None = None,
+    max_in_flight: int | None = None,
+    overlap: OverlapPolicy | None = None,
+    **spec: Any,
 ) -> LLMEngine:
     """A float32 engine on TEST_DEVICE with 256 blocks of 8 tokens, unless `spec` says otherwise."""
     defaults = {"device": TEST_DEVICE, "dtype": "float32", "block_size": 8, "num_blocks": 256}
     engine_spec = EngineSpec(**{**defaults, **spec})
-    return LLMEngine(folder, engine_spec, sampling or SamplingSpec(), max_in_flight=max_in_flight)
+    return LLMEngine(folder, engine_spec, sampling or SamplingSpec(), max_in_flight=max_in_flight, overlap=overlap)
 
 
 def run_engine(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blendserve.dual_scanner import DualScanner
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.request import Request
 from blendserve.engine.scheduled_batch import ScheduledBatch
@@ -222,6 +223,33 @@ def test_the_left_front_goes_on_while_the_right_one_waits_for_room() -> None:
         finished += [request.row_index for request in take_tokens(scheduler, batch)]
     assert finished.index(14) < finished.index(13) < finished.index(12)  # the long ones, from the right end
     assert finished.index(14) >= 6  # short ones ran beside the first long one
+
+
+@pytest.mark.parametrize("is_paced", [False, True])
+def test_a_paced_left_front_lasts_as_long_as_the_right_ones_decodes(is_paced: bool) -> None:
+    prompts = [[number] * 40 for number in range(200)]
+    stated = stated_requests(prompts, 1)
+    for request in stated[180:]:
+        request["max_tokens"] = request["estimated_output_tokens"] = 100
+    source = ListSource(stated, is_two_ended=True)
+    # A token takes a second, a read a twentieth of one.
+    is_right = np.arange(200) >= 180
+    source.scanner = DualScanner(
+        compute_seconds=np.where(is_right, 140.0, 41.0),
+        memory_seconds=np.where(is_right, 450.0, 2.0),
+        unit_density=np.where(is_right, 0.3, 20.0),
+        is_two_ended=True,
+    )
+    cache = KVCache(2000, BLOCK_SIZE, has_prefix_cache=True)
+    scheduler = Scheduler(
+        source, cache, max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=256, is_paced=is_paced
+    )
+    batches = run_to_end(scheduler)
+    prefilled = [batch.num_prefill_tokens for batch in batches]
+    assert sum(prefilled) == 200 * 40
+    last_step = max(index for index, num_tokens in enumerate(prefilled) if num_tokens)
+    # Beside 20 decodes a step is filled up to 512 tokens; without a pace the first steps take all they can.
+    assert (last_step, prefilled[1]) == ((13, 512 - 20) if is_paced else (3, 2048 - 20))
 
 
 @pytest.mark.parametrize(("is_two_ended", "num_kept_tokens"), [(True, 32), (False, 0)])
