@@ -38,7 +38,7 @@ check: $(READY)  ## Run the linters and the type checker
 	$(BIN)/lint-imports
 	$(BIN)/sqlfluff lint sql
 	$(BIN)/hadolint docker/Dockerfile
-	$(BIN)/yamllint -c docker/.yamllint.yaml docker/compose.yaml
+	$(BIN)/yamllint -c docker/.yamllint.yaml docker/compose.yaml docker/library
 
 airflow: $(READY)  ## Start Airflow on localhost with the pool and the DAGs ready
 	$(BIN)/python -m blendserve.airflow.standalone

@@ -75,7 +75,7 @@ def run_shard_process(
     if status in (Interrupted.exit_status, -2, -15):
         raise Interrupted(f"Shard {shard} was stopped. What is finished is kept; run again to go on.")
     if status == InUseError.exit_status:
-        raise InUseError(lines[-1])
+        raise InUseError(detail.splitlines()[-1])
     if status == PlanError.exit_status:
         raise PlanError(f"Shard {shard} can't run: {detail}")
     if status == -signal.SIGKILL or any(mark in detail for mark in _MEMORY_MARKS):
