@@ -234,7 +234,12 @@ def report(root: Path) -> Path:
 
 
 def finish(root: Path) -> dict[str, Any]:
-    """Declare the job done: `_SUCCESS`, last of all. Raises ReconciliationError when rows are still missing."""
+    """Declare the job done: `_SUCCESS`, last of all. Raises ReconciliationError when rows are still missing.
+
+    Its output lengths are remembered beside the output folder, for the next run of the same job with other rows.
+    """
+    from blendserve.planner.length_history import remember
+
     folder, _ = _open(root)
     manifest = _read_final_manifest(folder)
     if manifest["status"] != "done":
@@ -242,6 +247,8 @@ def finish(root: Path) -> dict[str, Any]:
             f"{manifest['counts']['missing']} request(s) of {folder.root} have no completion: a shard did not finish. "
             "Run the job again to go on; finished rows are kept."
         )
+    if not folder.success.is_file():
+        remember(folder)
     with writing_to(folder.root), replacing(folder.success) as temporary:
         temporary.write_text(manifest["fingerprint"] + "\n", encoding="utf-8")
     return manifest

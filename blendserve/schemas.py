@@ -74,6 +74,16 @@ OUTPUT_LENGTH_ESTIMATES = _schema(
     ("source", pa.string(), False),
 )
 
+# finish → sample and plan of later runs, beside the output folder. Sums over the requests of a class: prompts that
+# begin alike and are about as long.
+OUTPUT_LENGTH_HISTORY = _schema(
+    ("prompt_begin", pa.string(), False),
+    ("length_class", pa.int64(), False),
+    ("num_requests", pa.float64(), False),
+    ("output_tokens", pa.float64(), False),
+    ("output_tokens_squared", pa.float64(), False),
+)
+
 # plan. Seconds on the plan's hardware; density = compute_seconds / memory_seconds.
 REQUEST_COSTS = _schema(
     ("row_index", pa.int64(), False),
@@ -93,6 +103,15 @@ REQUEST_ORDER = _schema(
     ("unit_density", pa.float64(), False),
     ("shard", pa.int32(), False),
     ("shard_position", pa.int64(), False),
+)
+
+# plan → report. What one shard would use by simulation, in pieces of equal length: work in seconds a second, by policy.
+PREDICTED_USAGE = _schema(
+    ("policy", pa.string(), False),
+    ("started_seconds", pa.float64(), False),
+    ("compute_share", pa.float64(), False),
+    ("memory_share", pa.float64(), False),
+    ("cache_share", pa.float64(), False),
 )
 
 # plan → run_shard. One file a shard, in plan order; a unit is a run of requests that share a prefix and stay together.

@@ -12,8 +12,20 @@ from blendserve.planner.prefix_tree import ROOT, PrefixTree
 
 MIN_SAMPLES = 4  # a subtree with fewer finished requests takes its nearest ancestor's figures
 _MAX_EXTRAPOLATION = 8.0
-SOURCES = np.array(["hint", "sample", "max_tokens"])
-_HINT, _SAMPLE, _MAX_TOKENS = range(3)
+SOURCES = np.array(["hint", "sample", "history", "max_tokens"])
+_HINT, _SAMPLE, _HISTORY, _MAX_TOKENS = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class RememberedLengths:
+    """Mean and mean square output length [num_requests] in earlier runs of the same job; NaN where they say nothing."""
+
+    mean: NDArray[np.float64]
+    mean_square: NDArray[np.float64]
+
+    @property
+    def is_known(self) -> NDArray[np.bool_]:
+        return ~np.isnan(self.mean)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +61,13 @@ def estimate_output_lengths(
     observed: NDArray[np.float64],
     is_cut_off: NDArray[np.bool_],
     ignore_eos: bool,
+    remembered: RememberedLengths | None = None,
 ) -> OutputLengths:
     """Estimate every request of `tree`; all arrays [num_requests] in its order, NaN where nothing is known.
 
     `observed` are requests' output tokens; where `is_cut_off`, the completion was ended or is still running, so the
-    length is at least that. Estimates lie in [1, max_tokens]; with `ignore_eos` every completion has max_tokens tokens.
+    length is at least that. A hint goes before `remembered`, that before
+    what is observed. Estimates lie in [1, max_tokens]; with `ignore_eos` every completion has max_tokens tokens.
     """
     limits = np.maximum(max_tokens, 1).astype(np.float64)
     mean, square = limits.copy(), limits**2
@@ -64,6 +78,10 @@ def estimate_output_lengths(
         sampled_mean, sampled_square = _nearest_sampled_moments(tree, num_prompt_tokens, limits, observed, is_cut_off)
         mean, square = _clip_moments(sampled_mean, sampled_square, limits)
         source[:] = _SAMPLE
+    if remembered is not None:
+        known = remembered.is_known
+        mean[known], square[known] = _clip_moments(remembered.mean[known], remembered.mean_square[known], limits[known])
+        source[known] = _HISTORY
     has_hint = ~np.isnan(hints)
     hinted = np.clip(hints[has_hint], 1.0, limits[has_hint])
     mean[has_hint], square[has_hint], source[has_hint] = hinted, hinted**2, _HINT

@@ -16,15 +16,17 @@ from numpy.typing import NDArray
 from blendserve.job_folder import JobFolder
 from blendserve.manifest import PlanManifest
 from blendserve.planner.database import open_database, write_relation
-from blendserve.planner.output_lengths import SOURCES, OutputLengths, estimate_output_lengths
+from blendserve.planner.length_history import recall
+from blendserve.planner.output_lengths import SOURCES, OutputLengths, RememberedLengths, estimate_output_lengths
 from blendserve.planner.performance_model import Hardware, cost_constants, load_hardware, load_model_shape
 from blendserve.planner.plan_files import ScheduledRows, plan_id_of, shard_plans, write_plan_files
 from blendserve.planner.plan_summary import summarize
+from blendserve.planner.predicted_usage import predict_usage
 from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.prompt_tokens import open_prompt_tokens
 from blendserve.planner.requests import RequestStates, compute_costs, read_request_states
 from blendserve.planner.schedule import PlannedRequests, schedule_requests
-from blendserve.schemas import OUTPUT_LENGTH_ESTIMATES, REQUEST_COSTS, REQUEST_ORDER
+from blendserve.schemas import OUTPUT_LENGTH_ESTIMATES, PREDICTED_USAGE, REQUEST_COSTS, REQUEST_ORDER
 from blendserve.spec import JobSpec
 
 _BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -38,9 +40,14 @@ def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManif
     hardware = plan_hardware(spec, model_folder)
     with open_database(folder.work) as database:
         states = read_request_states(database, folder)
-        lengths = estimate_lengths(states, spec)
+        lengths = estimate_lengths(states, spec, recall(database, folder, states))
         rows = rows_to_run(states)
         scheduled = schedule_rows(database, states, lengths, rows, spec, hardware, model_folder)
+        shape = load_model_shape(model_folder)
+        costs = partial(compute_costs, database, cost_constants(shape, hardware))
+        requests = PlannedRequests.of_rows(states, lengths, rows)
+        usage = predict_usage(requests, scheduled, shape, hardware, costs)
+    write_relation(folder.relation("predicted_usage"), usage, PREDICTED_USAGE)
     _write_relations(folder, scheduled, states, lengths)
     manifest = _manifest(spec, model_folder, hardware, scheduled, states, lengths)
     with open_prompt_tokens(folder.relation("tokenized_requests"), folder.work) as prompts:
@@ -89,8 +96,8 @@ def rows_to_run(states: RequestStates) -> NDArray[np.int64]:
     return np.flatnonzero(~states.is_duplicate & ~states.is_completed)
 
 
-def estimate_lengths(states: RequestStates, spec: JobSpec) -> OutputLengths:
-    """Output lengths of all requests, by what the job's rows and completions say."""
+def estimate_lengths(states: RequestStates, spec: JobSpec, remembered: RememberedLengths | None) -> OutputLengths:
+    """Output lengths of all requests, by what the job's rows, earlier runs and completions say."""
     return estimate_output_lengths(
         build_prefix_tree(states.shared_prefix_tokens),
         num_prompt_tokens=states.num_prompt_tokens,
@@ -99,6 +106,7 @@ def estimate_lengths(states: RequestStates, spec: JobSpec) -> OutputLengths:
         observed=states.observed,
         is_cut_off=states.is_cut_off,
         ignore_eos=spec.ignore_eos,
+        remembered=remembered,
     )
 
 

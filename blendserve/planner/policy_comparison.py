@@ -10,6 +10,7 @@ import numpy as np
 
 from blendserve.job_folder import JobFolder
 from blendserve.planner.database import open_database
+from blendserve.planner.length_history import recall
 from blendserve.planner.performance_model import cost_constants, load_model_shape
 from blendserve.planner.plan import estimate_lengths, plan_hardware, rows_to_run
 from blendserve.planner.requests import compute_costs, read_request_states
@@ -20,12 +21,17 @@ from blendserve.spec import JobSpec, Policy
 
 
 def compare_policies(
-    folder: JobFolder, spec: JobSpec, model_folder: Path, *, policies: tuple[Policy, ...] = POLICIES
+    folder: JobFolder,
+    spec: JobSpec,
+    model_folder: Path,
+    *,
+    policies: tuple[Policy, ...] = POLICIES,
 ) -> dict[str, Any]:
     """Simulate what is left to run of the job under each policy, every request as long as it is estimated to be.
 
-    A GPU is taken to overlap compute and memory work, a CPU isn't. Returns `policies` (as `simulate` has them),
-    `prefix_sharing_optimal` and `bound_seconds`.
+    A GPU is taken to overlap compute and memory work, a CPU isn't. Returns `policies` (as `simulate` has them,
+    and `device_hours`: what is paid for, whether shards run side by side or not), `prefix_sharing_optimal` and
+    `bound_seconds`.
     """
     hardware = plan_hardware(spec, model_folder)
     is_overlapped = hardware.name != "cpu"
@@ -34,7 +40,9 @@ def compare_policies(
     with open_database(folder.work) as database:
         states = read_request_states(database, folder)
         rows = rows_to_run(states)
-        requests = PlannedRequests.of_rows(states, estimate_lengths(states, spec), rows)
+        requests = PlannedRequests.of_rows(
+            states, estimate_lengths(states, spec, recall(database, folder, states)), rows
+        )
         job = SimulatedJob(requests, np.maximum(np.rint(requests.mean_output_tokens), 1).astype(np.int64))
         costs = partial(compute_costs, database, cost_constants(shape, hardware))
         runs = {}
@@ -42,6 +50,8 @@ def compare_policies(
             schedule = schedule_requests(
                 requests, policy=policy, seed=spec.seed, num_shards=spec.shards or 1, costs=costs
             )
-            runs[policy] = summarize_run(run_schedule(job, schedule, machine))
+            results = run_schedule(job, schedule, machine)
+            device_hours = sum(result.seconds for result in results) / 3600
+            runs[policy] = {**summarize_run(results), "device_hours": device_hours}
         bound = bound_seconds(job, costs)
     return {"policies": runs, "prefix_sharing_optimal": job.prefix_sharing, "bound_seconds": bound}

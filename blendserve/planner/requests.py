@@ -41,12 +41,7 @@ class RequestStates:
 
 def read_request_states(database: duckdb.DuckDBPyConnection, folder: JobFolder) -> RequestStates:
     """Join the relations of the earlier steps with the completions that exist already."""
-    files = [str(path) for path in folder.completion_files()]
-    completed = (
-        compute(database, "completed_requests", parameters={"completions": files})
-        if files
-        else _NO_COMPLETIONS.empty_table()
-    )
+    completed = read_completed(database, folder)
     relations = {name: str(folder.relation(name)) for name in ("sorted_requests", "tokenized_requests")}
     table = compute(database, "request_states", parameters=relations, tables={"completed_requests": completed})
 
@@ -72,6 +67,14 @@ def read_request_states(database: duckdb.DuckDBPyConnection, folder: JobFolder) 
         is_duplicate=flags("is_duplicate"),
         is_completed=flags("is_completed"),
     )
+
+
+def read_completed(database: duckdb.DuckDBPyConnection, folder: JobFolder) -> pa.Table:
+    """The relation `completed_requests` of the completions that exist already."""
+    files = [str(path) for path in folder.completion_files()]
+    if not files:
+        return _NO_COMPLETIONS.empty_table()
+    return compute(database, "completed_requests", parameters={"completions": files})
 
 
 def compute_costs(

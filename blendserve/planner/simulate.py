@@ -80,9 +80,8 @@ def bound_seconds(job: SimulatedJob, costs: CostModel) -> float:
 def simulated_machine(shape: ModelShape, device: Hardware, *, is_overlapped: bool) -> SimulatedMachine:
     """The machine that `device` is for the model. Raises UsageError when the weights leave no room for a KV cache."""
     constants = cost_constants(shape, device)
-    weight_bytes = (shape.layer_parameters + 2 * shape.head_parameters) * device.bytes_per_element
-    room = _USABLE_MEMORY * device.memory_bytes - weight_bytes
-    capacity = int(room / shape.kv_bytes_per_token(device.bytes_per_element))
+    weight_bytes = _weight_bytes(shape, device)
+    capacity = _capacity_tokens(shape, device)
     if capacity < 1:
         raise UsageError(
             f"The weights take {weight_bytes / 1e9:.0f} GB, {device.name} has {device.memory_bytes / 1e9:.0f} GB. "
@@ -97,6 +96,20 @@ def simulated_machine(shape: ModelShape, device: Hardware, *, is_overlapped: boo
         max_batched_tokens=_MAX_BATCHED_TOKENS,
         interference=_interference(device) if is_overlapped else 1.0,
     )
+
+
+def has_room(shape: ModelShape, device: Hardware) -> bool:
+    """Whether the weights leave room for a KV cache."""
+    return _capacity_tokens(shape, device) >= 1
+
+
+def _weight_bytes(shape: ModelShape, device: Hardware) -> int:
+    return (shape.layer_parameters + 2 * shape.head_parameters) * device.bytes_per_element
+
+
+def _capacity_tokens(shape: ModelShape, device: Hardware) -> int:
+    room = _USABLE_MEMORY * device.memory_bytes - _weight_bytes(shape, device)
+    return int(room / shape.kv_bytes_per_token(device.bytes_per_element))
 
 
 def _interference(device: Hardware) -> float:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from blendserve.planner.output_lengths import OutputLengths, estimate_output_lengths
 from blendserve.planner.prefix_tree import build_prefix_tree
-from blendserve.planner.sample import ASSUMED_OUTPUT_TOKENS, MIN_SAMPLED, draw_stratified
 from blendserve.planner.schedule import CostModel, PlannedRequests, Schedule, schedule_requests, shared_with_previous
 from blendserve.planner.simulation import SimulatedMachine, SimulatedRequests, SimulatedShard, SimulationResult
 from blendserve.planner.simulator import Simulator
+from blendserve.planner.stratified_sample import ASSUMED_OUTPUT_TOKENS, MIN_SAMPLED, draw_stratified
 from blendserve.spec import Policy
 
 Lengths = Literal["known", "sampled"]

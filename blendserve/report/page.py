@@ -15,6 +15,7 @@ from blendserve.report.comparison_figures import draw_cached, draw_lengths, draw
 from blendserve.report.density_figure import draw_density
 from blendserve.report.job_files import JobFiles, read_job
 from blendserve.report.number_format import UNKNOWN, format_count, format_ratio, format_seconds, format_share
+from blendserve.report.predicted_usage_figure import draw_predicted_usage
 from blendserve.report.prefix_tree_figure import draw_prefix_tree
 from blendserve.report.row_errors import group_errors
 from blendserve.report.summary import describe_plan, summarize_job
@@ -59,6 +60,7 @@ def _render(job: JobFiles) -> str:
         warnings=warnings,
         tree=draw_prefix_tree(job),
         density=draw_density(job),
+        predicted=draw_predicted_usage(job),
         comparisons=(draw_seconds(job), draw_lengths(job), draw_cached(job)),
         usage=draw_usage(job),
         runs=job.runs[:_MAX_LISTED_SHARDS],

@@ -18,6 +18,7 @@ from blendserve.planner.policy_comparison import compare_policies
 from blendserve.planner.sample import write_sample_plan
 from blendserve.schemas import (
     OUTPUT_LENGTH_ESTIMATES,
+    PREDICTED_USAGE,
     PREFIX_NODES,
     REQUEST_COSTS,
     REQUEST_ORDER,
@@ -85,11 +86,13 @@ def test_relations_have_their_declared_schemas(tmp_path, policy):
         "output_length_estimates": OUTPUT_LENGTH_ESTIMATES,
         "request_costs": REQUEST_COSTS,
         "request_order": REQUEST_ORDER,
+        "predicted_usage": PREDICTED_USAGE,
     }.items():
         assert pq.read_schema(folder.relation(name)).equals(schema), name
     for shard in manifest.shards:
         assert pq.read_schema(folder.plan / shard.file).equals(SCHEDULED_REQUESTS)
     assert read_manifest(folder.plan / "plan.json", PlanManifest) == manifest
+    assert set(pq.read_table(folder.relation("predicted_usage")).column("policy").to_pylist()) == {"blend", "dfs"}
     costs = pq.read_table(folder.relation("request_costs")).to_pylist()
     assert all(row["density"] == row["compute_seconds"] / row["memory_seconds"] for row in costs)
 

@@ -72,6 +72,7 @@ class JobWriter:
         self.write_record()
         self.write_tree()
         self.write_plan()
+        self.write_predicted_usage(20 if self.num_shards else 0)
         for name, shard, rows in self.runs():
             self.write_run(name, shard, rows)
         self.write_results()
@@ -135,6 +136,18 @@ class JobWriter:
             row_index=every,
             estimated_output_tokens=8 + every % 7,
             source=["hint" if row % 2 else "sample" for row in every],
+        )
+
+    def write_predicted_usage(self, num_pieces: int = 20) -> None:
+        seconds = np.arange(num_pieces, dtype=np.float64)
+        self._write(
+            self.folder.relation("predicted_usage"),
+            schemas.PREDICTED_USAGE,
+            policy=["blend"] * num_pieces + ["dfs"] * num_pieces,
+            started_seconds=np.concatenate([seconds, 2 * seconds]),
+            compute_share=np.concatenate([np.ones(num_pieces), seconds < num_pieces / 2]).astype(np.float64),
+            memory_share=np.concatenate([np.ones(num_pieces), seconds >= num_pieces / 2]).astype(np.float64),
+            cache_share=np.full(2 * num_pieces, 0.7),
         )
 
     def _write_plan(self, name: str, runs: list[tuple[int, np.ndarray]]) -> None:

@@ -21,6 +21,7 @@ from blendserve.report.number_format import (
     format_seconds,
     format_share,
 )
+from blendserve.report.predicted_usage_figure import draw_predicted_usage
 from blendserve.report.prefix_tree_figure import draw_prefix_tree
 from blendserve.report.row_errors import group_errors
 from blendserve.report.usage_figure import _SUMMED, draw_usage, read_timeline
@@ -220,3 +221,20 @@ def test_many_reasons_are_cut_and_the_rest_counted(job) -> None:
 )
 def test_numbers_for_people(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_predicted_use_has_a_panel_for_each_policy_on_one_axis(job):
+    job.write()
+    chart = draw_predicted_usage(read_job(job.folder))
+    drawn = traces(chart)
+    assert [trace["name"] for trace in drawn] == ["compute", "memory bandwidth", "KV cache held"] * 2
+    assert {trace["yaxis"] for trace in drawn} == {"y", "y2"}
+    assert "blend 20 s, depth first 40 s" in chart.caption
+
+
+@pytest.mark.parametrize("num_pieces", [None, 0])
+def test_predicted_use_of_nothing_is_a_sentence(job, num_pieces):
+    job.write_record()
+    if num_pieces is not None:
+        job.write_predicted_usage(num_pieces)
+    assert draw_predicted_usage(read_job(job.folder)).data is None

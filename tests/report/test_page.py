@@ -19,7 +19,7 @@ from blendserve.manifest import write_manifest
 from blendserve.report.page import write_report
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
-FIGURES = ("tree", "density", "seconds", "lengths", "cached", "usage")
+FIGURES = ("tree", "density", "predicted-usage", "seconds", "lengths", "cached", "usage")
 
 
 class PageReader(HTMLParser):
