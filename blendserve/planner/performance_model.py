@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from blendserve.errors import ModelError, UsageError
-from blendserve.planner.hardware_profile import HardwareProfile, load_profile
+from blendserve.hardware_profile import HardwareProfile, load_profile
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import pytest
 
 from blendserve.errors import UsageError
+from blendserve.hardware_profile import AffineFit, HardwareProfile, ProfiledModel, load_profile, write_profile
 from blendserve.planner import performance_model
-from blendserve.planner.hardware_profile import AffineFit, HardwareProfile, ProfiledModel, load_profile, write_profile
 from blendserve.planner.performance_model import BUILT_IN_MODELS, cost_constants, load_hardware
 from blendserve.planner.simulate import simulated_machine
 
