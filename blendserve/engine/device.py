@@ -69,6 +69,13 @@ def describe_device(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
+def memory_bytes(device: torch.device) -> int:
+    """All memory of the device, used or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one KV cache block: K and V of all layers."""
     return config.kv_elements_per_token * block_size * dtype.itemsize

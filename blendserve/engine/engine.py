@@ -79,13 +79,13 @@ class LLMEngine:
 
         Raises ModelError when the model can't be loaded, UsageError when the device or its memory can't do.
         """
-        config = ModelConfig.load(model_folder)
+        self.config = config = ModelConfig.load(model_folder)
         device = resolve_device(spec)
         dtype = resolve_dtype(spec, device)
         self.device_name = describe_device(device)
         self.max_model_len = min(spec.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
         self._spec = spec
-        self._limits = limits = resolve_limits(spec, device)
+        self.limits = limits = resolve_limits(spec, device)
         self._detokenizer = Detokenizer(model_folder, sampling.stop)
         self._eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
         if spec.overlap == "on" and device.type == "cuda" and not limits.is_batch_invariant:
@@ -100,9 +100,9 @@ class LLMEngine:
         model = LlamaModel(config, weights, self.max_model_len)
         bytes_per_block = block_bytes(config, limits.block_size, dtype)
         num_blocks = spec.num_blocks or self._size_cache(model, bytes_per_block, max_useful_tokens, max_requests)
-        self._kv_bytes_per_token = bytes_per_block // limits.block_size
+        self.kv_bytes_per_token = bytes_per_block // limits.block_size
         self._kv_cache = KVCache(num_blocks, limits.block_size, limits.has_prefix_cache)
-        self._runner = ModelRunner(
+        self.runner = ModelRunner(
             model,
             Sampler(sampling, device),
             num_blocks=num_blocks,
@@ -121,13 +121,18 @@ class LLMEngine:
         self.busy_seconds = 0.0  # of the last run, on a GPU
         self.waiting_seconds = 0.0  # of the last run: the host's, for steps to end
 
+    @property
+    def num_blocks(self) -> int:
+        """KV cache blocks."""
+        return self._kv_cache.num_blocks
+
     def warm_up(self) -> int:
         """Prepare for every shape of step, which otherwise happens as they come. Returns how many were captured."""
-        return self._runner.warm_up()
+        return self.runner.warm_up()
 
     def clear_prefix_cache(self) -> None:
         """Forget the prompts of earlier runs."""
-        self._kv_cache = KVCache(self._kv_cache.num_blocks, self._kv_cache.block_size, self._limits.has_prefix_cache)
+        self._kv_cache = KVCache(self._kv_cache.num_blocks, self._kv_cache.block_size, self.limits.has_prefix_cache)
 
     def run(
         self,
@@ -144,8 +149,8 @@ class LLMEngine:
         self._scheduler = Scheduler(
             source,
             self._kv_cache,
-            max_num_seqs=self._limits.max_num_seqs,
-            max_num_batched_tokens=self._limits.max_num_batched_tokens,
+            max_num_seqs=self.limits.max_num_seqs,
+            max_num_batched_tokens=self.limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             is_paced=self._is_paced,
         )
@@ -168,7 +173,7 @@ class LLMEngine:
             for completion in completions:
                 on_finished(completion)
         for step in in_flight:
-            self._runner.collect(step.launched)
+            self.runner.collect(step.launched)
         self._scheduler.abort()
         self._texts.clear()
         self._kv_cache.check_integrity(())
@@ -177,7 +182,7 @@ class LLMEngine:
         """Start a step; None when there is no memory for it."""
         counts = self._describe(batch)
         try:
-            return _StepInFlight(batch, counts, self._runner.launch(batch))
+            return _StepInFlight(batch, counts, self.runner.launch(batch))
         except torch.OutOfMemoryError as error:
             log.warning("A step of %d tokens found no memory: %s", batch.num_tokens, error)
             return None
@@ -193,17 +198,17 @@ class LLMEngine:
             raise UsageError(
                 f"Out of memory on {self.device_name} with a KV cache of {self._kv_cache.num_blocks} blocks, after "
                 f"{self._num_shrinks - 1} reductions. Lower max_num_batched_tokens "
-                f"({self._limits.max_num_batched_tokens}) or num_blocks, or see what else uses the device."
+                f"({self.limits.max_num_batched_tokens}) or num_blocks, or see what else uses the device."
             )
         log.warning("The KV cache shrinks from %d to %d blocks", self._kv_cache.num_blocks, num_blocks)
-        self._kv_cache = KVCache(num_blocks, self._limits.block_size, self._limits.has_prefix_cache)
+        self._kv_cache = KVCache(num_blocks, self.limits.block_size, self.limits.has_prefix_cache)
         self._scheduler.begin_again(self._kv_cache)
-        self._runner.resize_cache(num_blocks)
+        self.runner.resize_cache(num_blocks)
 
     def _finish(self, step: _StepInFlight, on_step: Callable[[StepMetrics], None]) -> list[Completion]:
         """Wait for a step. Returns the completions that end with it."""
         asked = time.perf_counter()
-        output = self._runner.collect(step.launched)
+        output = self.runner.collect(step.launched)
         self.waiting_seconds += time.perf_counter() - asked
         self.busy_seconds += output.busy_seconds
         began, self._ended = self._ended, time.perf_counter()
@@ -270,13 +275,13 @@ class LLMEngine:
             "num_total_blocks": self._kv_cache.num_blocks,
             "num_cached_tokens": batch.num_cached_tokens,
             "num_preempted": batch.num_preempted,
-            "kv_read_bytes": int((batch.decode_positions + 1).sum()) * self._kv_bytes_per_token,
+            "kv_read_bytes": int((batch.decode_positions + 1).sum()) * self.kv_bytes_per_token,
         }
 
     def _size_cache(
         self, model: LlamaModel, bytes_per_block: int, max_useful_tokens: int | None, max_requests: int
     ) -> int:
-        limits = self._limits
+        limits = self.limits
         num_tokens = min(limits.max_num_batched_tokens, self.max_model_len)
         activation_bytes = profile_activation_bytes(
             model,

@@ -71,15 +71,15 @@ class ModelRunner:
 
         overlap: when decodes and prefill chunks run side by side; never without it.
         """
-        self._model = model
+        self.model = model
         self._sampler = sampler
         self._device = model.device
         self._is_gpu = model.device.type == "cuda"
         self._block_size = block_size
         self._is_batch_invariant = is_batch_invariant
-        self._overlap = overlap
+        self.overlap = overlap
         self._side_stream: torch.cuda.Stream | None = None
-        if self._is_gpu and overlap is not None:
+        if self._is_gpu:
             self._side_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -103,9 +103,9 @@ class ModelRunner:
         self._allocate(num_blocks)
 
     def _allocate(self, num_blocks: int) -> None:
-        config = self._model.config
+        config = self.model.config
         shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, self._block_size, config.head_dim)
-        self._blocks = torch.zeros(shape, dtype=self._model.dtype, device=self._device)
+        self._blocks = torch.zeros(shape, dtype=self.model.dtype, device=self._device)
         self._kv_cache: list[LayerCache] = [(layer[0], layer[1]) for layer in self._blocks]
         self._captured = CapturedPasses(self._device) if self._is_gpu else None  # they hold on to the cache
 
@@ -133,7 +133,7 @@ class ModelRunner:
         hidden = self._hidden(batch, shape, self._words[buffer], sampled)
         if num_sampled == 0:
             return LaunchedStep(torch.zeros(2, 0, dtype=torch.int64), began, self._mark())
-        token_ids, is_finite = self._sampler(self._model.logits(hidden), seeds, positions)
+        token_ids, is_finite = self._sampler(self.model.logits(hidden), seeds, positions)
         self._last_tokens[rows] = token_ids
         result = self._results[buffer][: 2 * num_sampled].view(2, -1)
         result.copy_(torch.stack((token_ids, is_finite.long()))[:, :num_sampled], non_blocking=True)
@@ -158,7 +158,7 @@ class ModelRunner:
                 sampled = torch.zeros(num_sampled, dtype=torch.int64, device=self._device)
                 for longest_chunk in (1, shape.num_tokens):
                     hidden = self._forward(words, shape, tables, longest_chunk, sampled)
-                self._sampler(self._model.logits(hidden), sampled, sampled)
+                self._sampler(self.model.logits(hidden), sampled, sampled)
         torch.cuda.synchronize(self._device)
         return len(shapes)
 
@@ -204,9 +204,9 @@ class ModelRunner:
         num_decodes, num_chunks = len(batch.decode_rows), len(batch.prefills)
         if self._is_batch_invariant:
             return padded_shape(0, batch.num_tokens, num_decodes + num_chunks)
-        if self._overlap is not None:
+        if self.overlap is not None:
             num_kv_tokens = int(batch.decode_positions.sum()) + num_decodes
-            num_programs = self._overlap.num_programs(num_decodes, num_kv_tokens, batch.num_prefill_tokens)
+            num_programs = self.overlap.num_programs(num_decodes, num_kv_tokens, batch.num_prefill_tokens)
             if num_programs:
                 return overlapped_shape(num_decodes, batch.num_prefill_tokens, num_chunks, num_programs)
         if self._is_gpu:
@@ -223,19 +223,19 @@ class ModelRunner:
     ) -> torch.Tensor:
         batches = model_batches(words, shape, tables, self._last_tokens, longest_chunk)
         if len(batches) == 1:
-            return self._model.forward(batches[0], self._kv_cache, sampled)
+            return self.model.forward(batches[0], self._kv_cache, sampled)
         hidden = torch.cat(self._forward_side_by_side(*batches))
         return hidden if sampled is None else hidden[sampled]
 
     def _forward_side_by_side(self, decodes: ModelBatch, chunks: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Both at one time: they don't depend on each other, and what one leaves idle the other can use."""
         if self._side_stream is None:
-            return self._model.forward(decodes, self._kv_cache), self._model.forward(chunks, self._kv_cache)
+            return self.model.forward(decodes, self._kv_cache), self.model.forward(chunks, self._kv_cache)
         stream = torch.cuda.current_stream(self._device)
         self._side_stream.wait_stream(stream)
         with torch.cuda.stream(self._side_stream):
-            chunks_hidden = self._model.forward(chunks, self._kv_cache)
-        decodes_hidden = self._model.forward(decodes, self._kv_cache)
+            chunks_hidden = self.model.forward(chunks, self._kv_cache)
+        decodes_hidden = self.model.forward(decodes, self._kv_cache)
         stream.wait_stream(self._side_stream)
         return decodes_hidden, chunks_hidden
 

@@ -1,0 +1,231 @@
+"""Measures what a step's parts take on this device: `python -m blendserve.engine.profiler MODEL_FOLDER`.
+
+Steps of different make-up run as in a job, and non-negative fits share their times out among products, head, prefill
+attention and decode attention. The planner reads the file that comes out instead of data-sheet figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import blendserve
+from blendserve.engine.device import memory_bytes
+from blendserve.engine.engine import LLMEngine
+from blendserve.engine.model_runner import ModelRunner
+from blendserve.engine.overlap import OverlapPolicy
+from blendserve.engine.request import Request
+from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
+from blendserve.errors import BlendServeError
+from blendserve.hardware_profile import AffineFit, HardwareProfile, ProfiledModel, write_profile
+from blendserve.spec import EngineSpec, SamplingSpec
+
+PROFILES = Path("~/.cache/blendserve/profiles")
+# Steps before the one that counts: they compile kernels and capture the shape.
+_WARM_UPS = 3
+_REPETITIONS = 3
+_LEAST_SECONDS = 1e-15  # of a unit of work that costs too little to be seen
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepMix:
+    """What a measured step consists of: decodes at one context, and prompts of one length prefilled whole."""
+
+    num_decodes: int = 0
+    context_tokens: int = 0
+    num_chunks: int = 0
+    chunk_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decodes + self.num_chunks * self.chunk_tokens
+
+    def features(self, kv_bytes_per_token: int) -> list[float]:
+        """One, tokens, sampled tokens, attended pairs, whether anything decodes, KV cache bytes read."""
+        pairs = self.num_chunks * self.chunk_tokens * (self.chunk_tokens + 1) / 2
+        kv_bytes = self.num_decodes * self.context_tokens * kv_bytes_per_token
+        sampled = self.num_decodes + self.num_chunks
+        return [1.0, self.num_tokens, sampled, pairs, float(self.num_decodes > 0), kv_bytes]
+
+
+def mixes(max_num_seqs: int, max_num_batched_tokens: int, capacity_tokens: int) -> list[StepMix]:
+    """The steps to measure that fit these limits."""
+    prefill = [
+        StepMix(num_chunks=tokens // chunk, chunk_tokens=chunk)
+        for tokens in (128, 256, 512, 1024, 2048, 4096, 8192)
+        for chunk in (128, 512, 2048, 8192)
+        if chunk <= tokens <= max_num_batched_tokens
+    ]
+    decode = [
+        StepMix(num_decodes=number, context_tokens=context)
+        for number in (1, 8, 32, 64, 128, 256, 512, 1024)
+        for context in (64, 256, 1024, 4096)
+        if number <= max_num_seqs and number * (context + 256) <= capacity_tokens
+    ]
+    return prefill + decode
+
+
+class StepTimer:
+    """Runs made-up steps on an engine's runner. Their tokens mean nothing; only their times count."""
+
+    def __init__(self, runner: ModelRunner, *, num_blocks: int, block_size: int) -> None:
+        self._runner = runner
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+
+    def seconds(self, mix: StepMix) -> float:
+        """The median time of such a step."""
+        batch = self._batch(mix)
+        times = []
+        for _ in range(_WARM_UPS + _REPETITIONS):
+            started = time.perf_counter()
+            output = self._runner.collect(self._runner.launch(batch))
+            times.append(output.busy_seconds or time.perf_counter() - started)
+        return float(np.median(times[_WARM_UPS:]))
+
+    def _batch(self, mix: StepMix) -> ScheduledBatch:
+        rows = np.arange(mix.num_decodes + mix.num_chunks, dtype=np.int64)
+        chunks = [self._chunk(int(row), mix.chunk_tokens) for row in rows[mix.num_decodes :]]
+        lengths = [mix.context_tokens] * mix.num_decodes + [mix.chunk_tokens] * mix.num_chunks
+        zeros = np.zeros(len(rows), dtype=np.int64)
+        return ScheduledBatch(
+            decode_rows=rows[: mix.num_decodes],
+            decode_positions=np.full(mix.num_decodes, mix.context_tokens - 1, dtype=np.int64),
+            prefills=chunks,
+            sampled_rows=rows,
+            sampled_serials=zeros,
+            sampled_positions=zeros,
+            sampled_seeds=zeros,
+            table_changes=self._tables(lengths),
+            num_prefill_tokens=mix.num_chunks * mix.chunk_tokens,
+        )
+
+    def _chunk(self, row: int, num_tokens: int) -> PrefillChunk:
+        tokens = np.full(num_tokens, 1, dtype=np.int32)
+        request = Request(
+            position=row,
+            row_index=row,
+            request_id=str(row),
+            prompt_token_ids=tokens,
+            max_tokens=1,
+            estimated_output_tokens=1,
+        )
+        return PrefillChunk(request, row, 0, num_tokens, is_last=True)
+
+    def _tables(self, lengths: Sequence[int]) -> list[TableChange]:
+        """Blocks of its own for every row, as far as there are enough."""
+        changes, first = [], 0
+        for row, length in enumerate(lengths):
+            count = -(-length // self._block_size)
+            changes.append(TableChange(row, 0, [block % self._num_blocks for block in range(first, first + count)]))
+            first += count
+        return changes
+
+
+def fit(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Non-negative coefficients that explain the times best, every step's error counted relative to its time.
+
+    features: [num_steps, num_features]. Columns that would have to be negative are left out, the worst first.
+    """
+    scaled = features / seconds[:, None]
+    kept = np.arange(features.shape[1])
+    while True:
+        norms = np.linalg.norm(scaled[:, kept], axis=0)
+        norms = np.where(norms > 0, norms, 1.0)
+        solution = np.linalg.lstsq(scaled[:, kept] / norms, np.ones(len(seconds)), rcond=None)[0] / norms
+        if (solution >= 0).all():
+            result = np.zeros(features.shape[1])
+            result[kept] = solution
+            return result
+        kept = np.delete(kept, int(np.argmin(solution * norms)))
+
+
+def measure(engine: LLMEngine, *, commit: str) -> HardwareProfile:
+    """The profile of the device that `engine` runs on, with its model."""
+    limits, runner, kv_bytes = engine.limits, engine.runner, engine.kv_bytes_per_token
+    timer = StepTimer(runner, num_blocks=engine.num_blocks, block_size=limits.block_size)
+    capacity = engine.num_blocks * limits.block_size
+    measured = mixes(limits.max_num_seqs, limits.max_num_batched_tokens, capacity)
+    seconds = np.array([timer.seconds(mix) for mix in measured])
+    features = np.array([mix.features(kv_bytes) for mix in measured])
+    coefficients = fit(features, seconds)
+    errors = np.abs(features @ coefficients / seconds - 1)
+    log.info("%d kinds of steps; the fits are off by %.1f %% on average", len(measured), 100 * errors.mean())
+    fixed, token, sampled, pair, decode_fixed, kv_byte = np.maximum(coefficients, [0, *[_LEAST_SECONDS] * 3, 0, 1e-18])
+    config, device = engine.config, runner.model.device
+    return HardwareProfile(
+        device=engine.device_name,
+        memory_bytes=float(memory_bytes(device)),
+        model=ProfiledModel(**{name: getattr(config, name) for name in ProfiledModel.model_fields}),
+        bytes_per_element=runner.model.dtype.itemsize,
+        gemm=AffineFit(fixed_seconds=fixed, seconds_per_unit=token),
+        head=AffineFit(fixed_seconds=0.0, seconds_per_unit=sampled),
+        prefill_attention=AffineFit(fixed_seconds=0.0, seconds_per_unit=pair),
+        decode_attention=AffineFit(fixed_seconds=decode_fixed, seconds_per_unit=kv_byte),
+        interference=interference(timer, runner, coefficients, kv_bytes, capacity) if device.type == "cuda" else 1.0,
+        commit=commit,
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def interference(
+    timer: StepTimer,
+    runner: ModelRunner,
+    coefficients: NDArray[np.float64],
+    kv_bytes_per_token: int,
+    capacity_tokens: int,
+) -> float:
+    """How much of the shorter of compute and memory work a step adds to the longer one, where decodes and chunks may
+    run side by side: the mean over steps with about as much of both, each run in the faster way."""
+    shares, policy = [], runner.overlap
+    for num_decodes, context_tokens, num_chunks in ((256, 1024, 1), (384, 1024, 2), (512, 768, 4)):
+        if num_decodes * (context_tokens + 256) > capacity_tokens:
+            continue
+        mix = StepMix(num_decodes, context_tokens, num_chunks, 512)
+        times = []
+        for runner.overlap in (None, OverlapPolicy(min_kv_tokens=0, min_prefill_tokens=0)):
+            times.append(timer.seconds(mix))
+        parts = coefficients * mix.features(kv_bytes_per_token)
+        memory, compute = float(parts[4:].sum()), float(parts[:4].sum())
+        shares.append((min(times) - max(memory, compute)) / min(memory, compute))
+        log.info("%s: %.1f ms in one piece, %.1f ms side by side", mix, *(1e3 * seconds for seconds in times))
+    runner.overlap = policy
+    return float(np.clip(np.mean(shares), 0.0, 1.0)) if shares else 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure as the command line says and write the profile. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m blendserve.engine.profiler", description="Measure this device.")
+    parser.add_argument("model", type=Path, help="a folder with config.json, tokenizer.json and weights")
+    parser.add_argument("--output", type=Path, help=f"JSON file; by default one of its own in {PROFILES}")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
+    parser.add_argument("--commit", default=f"version {blendserve.__version__}", help="what is measured")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    try:
+        spec = EngineSpec.model_validate({"load_format": arguments.load_format})
+        engine = LLMEngine(arguments.model, spec, SamplingSpec.model_validate({}))
+        profile = measure(engine, commit=arguments.commit)
+        output = arguments.output or PROFILES.expanduser() / f"{profile.device} {arguments.model.name}.json"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_profile(output, profile)
+    except BlendServeError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_status
+    sys.stdout.write(f"{output}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The profiler: fits that find what steps were made of, and a profile of this device that the planner takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blendserve.engine import profiler
+from blendserve.engine.profiler import StepMix, fit, main, mixes
+from blendserve.hardware_profile import load_profile
+from blendserve.planner.performance_model import load_hardware, load_model_shape
+
+MIXES = mixes(max_num_seqs=1024, max_num_batched_tokens=8192, capacity_tokens=400_000)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.1, 10.0), min_size=6, max_size=6))
+def test_a_fit_finds_the_costs_that_times_were_made_from(factors: list[float]) -> None:
+    costs = np.array([5e-3, 2e-5, 2e-6, 1e-10, 3e-4, 3e-13]) * factors
+    features = np.array([mix.features(131072) for mix in MIXES])
+    np.testing.assert_allclose(fit(features, features @ costs), costs, rtol=1e-4)
+
+
+def test_no_cost_is_negative() -> None:
+    features = np.array([mix.features(131072) for mix in MIXES])
+    noise = np.random.default_rng(0).uniform(0.5, 1.5, len(MIXES))
+    seconds = features @ np.array([5e-3, 2e-5, 0.0, 0.0, 0.0, 3e-13]) * noise
+    found = fit(features, seconds)
+    assert (found >= 0).all() and found[1] > 0 and found[5] > 0
+
+
+def test_steps_fit_the_limits() -> None:
+    small = mixes(max_num_seqs=64, max_num_batched_tokens=512, capacity_tokens=20_000)
+    assert all(mix.num_tokens <= 512 and mix.num_decodes <= 64 for mix in small)
+    assert all(mix.num_decodes * mix.context_tokens <= 20_000 for mix in small)
+    assert StepMix(num_decodes=3, context_tokens=10).features(7) == [1.0, 3, 3, 0, 1.0, 210]
+
+
+def test_a_profile_is_measured_and_planned_with(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = [
+        StepMix(num_chunks=1, chunk_tokens=8),
+        StepMix(num_chunks=4, chunk_tokens=32),
+        StepMix(num_decodes=2, context_tokens=16),
+        StepMix(num_decodes=16, context_tokens=64),
+    ]
+    monkeypatch.setattr(profiler, "mixes", lambda *_limits: measured)
+    output = tmp_path / "profile.json"
+    assert main([str(llama), "--output", str(output), "--load-format", "dummy", "--commit", "abc"]) == 0
+    profile = load_profile(output)
+    assert profile.commit == "abc" and profile.model.num_heads == 8 and profile.bytes_per_element in (2, 4)
+    assert profile.gemm.seconds_per_unit > 0 and profile.decode_attention.seconds_per_unit > 0
+    if profile.device.startswith("cpu"):
+        monkeypatch.setattr("blendserve.planner.performance_model.visible_gpu", lambda: None)
+    hardware = load_hardware(str(output), model=load_model_shape(llama))
+    assert "measured" in hardware.name
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nothing")]) != 0
+    assert "nothing" in capsys.readouterr().err
