@@ -174,6 +174,7 @@ def measure(engine: LLMEngine, *, commit: str) -> HardwareProfile:
         prefill_attention=AffineFit(fixed_seconds=0.0, seconds_per_unit=pair),
         decode_attention=AffineFit(fixed_seconds=decode_fixed, seconds_per_unit=kv_byte),
         interference=interference(timer, runner, coefficients, kv_bytes, capacity) if device.type == "cuda" else 1.0,
+        prefix_readers=1.0,
         commit=commit,
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
