@@ -26,6 +26,7 @@ from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.prompt_tokens import open_prompt_tokens
 from blendserve.planner.requests import RequestStates, compute_costs, read_request_states
 from blendserve.planner.schedule import PlannedRequests, schedule_requests
+from blendserve.planner.simulate import capacity_tokens
 from blendserve.schemas import OUTPUT_LENGTH_ESTIMATES, PREDICTED_USAGE, REQUEST_COSTS, REQUEST_ORDER
 from blendserve.spec import JobSpec
 
@@ -131,7 +132,8 @@ def _manifest(
         summary={},
     )
     plan_id = plan_id_of(draft.model_dump_json(), scheduled, states)
-    summary = summarize(scheduled, states, lengths, hardware)
+    cache_tokens = capacity_tokens(load_model_shape(model_folder), hardware)
+    summary = summarize(scheduled, states, lengths, hardware, cache_tokens)
     return draft.model_copy(
         update={"plan_id": plan_id, "shards": shard_plans(scheduled, states, plan_id, hardware), "summary": summary}
     )

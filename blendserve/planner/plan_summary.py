@@ -13,9 +13,16 @@ from blendserve.planner.requests import RequestStates
 
 
 def summarize(
-    scheduled: ScheduledRows, states: RequestStates, lengths: OutputLengths, hardware: Hardware
+    scheduled: ScheduledRows,
+    states: RequestStates,
+    lengths: OutputLengths,
+    hardware: Hardware,
+    cache_tokens: int,
 ) -> dict[str, Any]:
-    """Counts, sharing (of prompt tokens), densities (compute over memory time), seconds, and warnings."""
+    """Counts, sharing (of prompt tokens), densities (compute over memory time), seconds, and warnings.
+
+    `cache_tokens`: what the KV cache of `hardware` holds beside the model's weights.
+    """
     schedule, rows = scheduled.schedule, scheduled.rows
     num_prompt_tokens = int(states.num_prompt_tokens[rows].sum())
     compute = float(schedule.compute_seconds.sum())
@@ -40,6 +47,8 @@ def summarize(
         "overlapped_seconds": max(compute, memory),
         "num_shards": schedule.num_shards,
         "hardware": hardware.name,
+        "num_too_long": int((states.num_prompt_tokens[rows] >= cache_tokens).sum()) if cache_tokens > 0 else 0,
+        "does_not_fit": cache_tokens < 1,
     }
     return {**summary, "warnings": [*hardware.warnings, *_warnings(summary)]}
 
@@ -54,6 +63,13 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
         warnings.append("Compute-bound throughout: every request spends more time on compute; blending can't help.")
     if summary["prefix_sharing_optimal"] < 0.01:
         warnings.append("The prompts share nearly nothing: the order can't save prefill work.")
+    if summary["does_not_fit"]:
+        warnings.append(f"The model's weights fill the memory of {summary['hardware']}: name hardware that holds them.")
+    if summary["num_too_long"]:
+        warnings.append(
+            f"{summary['num_too_long']} prompts are longer than the KV cache of {summary['hardware']}: the engine will "
+            "give them back as failed."
+        )
     unknown = summary["output_length_sources"]["max_tokens"]
     if unknown:
         warnings.append(f"Output length unknown for {unknown} requests: planned with their max_tokens.")

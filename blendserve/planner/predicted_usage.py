@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from blendserve.planner.performance_model import Hardware, ModelShape
 from blendserve.planner.plan_files import ScheduledRows
 from blendserve.planner.schedule import CostModel, PlannedRequests, schedule_requests
-from blendserve.planner.simulate import has_room, simulated_machine
+from blendserve.planner.simulate import capacity_tokens, simulated_machine
 from blendserve.planner.simulated_run import SimulatedJob, run_schedule
 from blendserve.planner.simulation import SimulationResult
 from blendserve.schemas import PREDICTED_USAGE
@@ -36,7 +36,7 @@ def predict_usage(
 
     `requests` are those of the schedule, in sorted order.
     """
-    if not has_room(shape, hardware) or requests.num_requests == 0:
+    if capacity_tokens(shape, hardware) < 1 or requests.num_requests == 0:
         return PREDICTED_USAGE.empty_table()
     machine = simulated_machine(shape, hardware, is_overlapped=hardware.name != "cpu")
     first_shard = np.sort(scheduled.schedule.positions[scheduled.shard_range(0)])[:_MAX_REQUESTS]

@@ -81,7 +81,7 @@ def simulated_machine(shape: ModelShape, device: Hardware, *, is_overlapped: boo
     """The machine that `device` is for the model. Raises UsageError when the weights leave no room for a KV cache."""
     constants = cost_constants(shape, device)
     weight_bytes = _weight_bytes(shape, device)
-    capacity = _capacity_tokens(shape, device)
+    capacity = capacity_tokens(shape, device)
     if capacity < 1:
         raise UsageError(
             f"The weights take {weight_bytes / 1e9:.0f} GB, {device.name} has {device.memory_bytes / 1e9:.0f} GB. "
@@ -98,16 +98,12 @@ def simulated_machine(shape: ModelShape, device: Hardware, *, is_overlapped: boo
     )
 
 
-def has_room(shape: ModelShape, device: Hardware) -> bool:
-    """Whether the weights leave room for a KV cache."""
-    return _capacity_tokens(shape, device) >= 1
-
-
 def _weight_bytes(shape: ModelShape, device: Hardware) -> int:
     return (shape.layer_parameters + 2 * shape.head_parameters) * device.bytes_per_element
 
 
-def _capacity_tokens(shape: ModelShape, device: Hardware) -> int:
+def capacity_tokens(shape: ModelShape, device: Hardware) -> int:
+    """Tokens of KV cache that fit beside the weights, 0 or less where these fill the memory."""
     room = _USABLE_MEMORY * device.memory_bytes - _weight_bytes(shape, device)
     return int(room / shape.kv_bytes_per_token(device.bytes_per_element))
 

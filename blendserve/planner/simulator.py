@@ -62,6 +62,7 @@ class Simulator:
         self._own_tokens = 0  # KV cache beyond shared prefixes
         self._context = 0  # KV tokens that the next decode step reads
         self._right_footprint = 0.0  # of the admitted requests that count as the right front's
+        self._refused = (-1, 0, 0)  # request, finished and preempted requests when it last found no room
         self._num_steps = 0
         self._seconds = self._compute = self._memory = 0.0
         self._cached_tokens = self._num_preemptions = 0
@@ -120,6 +121,7 @@ class Simulator:
         self._order: list[int] = shard.positions.tolist()
         self._is_two_ended, self._reserves_output = shard.is_two_ended, shard.reserves_output
         self._pace = shard.pace
+        self._refused = (-1, 0, 0)
         lengths = zip(self._order, shard.estimated_output_tokens.tolist(), shard.footprint_tokens.tolist(), strict=True)
         for request, estimate, footprint in lengths:
             self._estimate[request] = max(estimate, 1)
@@ -207,7 +209,13 @@ class Simulator:
         rest = max(self._estimate[request] - produced, 1)
         if held + rest * (len(self._running) + len(self._prefilling) + 1) <= capacity:
             return True
-        return held + rest <= capacity and self._peak(held, rest) <= capacity
+        attempt = (request, len(self._finished), self._num_preemptions)
+        if attempt == self._refused:
+            return False  # nothing has given anything back since
+        if held + rest <= capacity and self._peak(held, rest) <= capacity:
+            return True
+        self._refused = attempt
+        return False
 
     def _peak(self, held: int, rest: int) -> int:
         requests = [*self._running, *(chunk[0] for chunk in self._prefilling)]

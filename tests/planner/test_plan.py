@@ -157,8 +157,17 @@ def test_a_job_with_nothing_left_has_a_valid_plan_of_no_shards(tmp_path, policy)
         ([[row] * 50 for row in range(20)], [1] * 20),
         ([[row] for row in range(20)], [10**9] * 20),
         ([[row] for row in range(20)], [0] * 20),
+        ([[row] for row in range(20)], [1000] * 20),
     ],
-    ids=["one request", "all identical", "nothing shared", "all compute-heavy", "absurdly long", "absurdly short"],
+    ids=[
+        "one request",
+        "all identical",
+        "nothing shared",
+        "all compute-heavy",
+        "absurdly long",
+        "absurdly short",
+        "all memory-heavy",
+    ],
 )
 def test_odd_jobs_have_valid_plans(tmp_path, prompts, hints):
     folder, _, manifest = run_planner(tmp_path, prompts, hints=hints, dedupe=False, shards=2)
@@ -234,3 +243,29 @@ def test_policies_are_compared_before_anything_runs(tmp_path, hardware):
         assert figures["seconds"] >= comparison["bound_seconds"] * 0.999
         assert figures["prefix_sharing"] <= comparison["prefix_sharing_optimal"] + 1e-9
     assert comparison["policies"]["blend"]["prefix_sharing"] >= 0.99 * comparison["prefix_sharing_optimal"]
+
+
+def test_a_job_of_no_requests_has_an_empty_plan(tmp_path):
+    _, _, manifest = run_planner(tmp_path, [])
+    assert manifest.shards == ()
+    assert manifest.summary["num_requests"] == 0
+
+
+@pytest.mark.parametrize(("hint", "warning"), [(1, "Compute-bound throughout"), (1000, "Memory-bound throughout")])
+def test_a_job_on_one_side_says_that_blending_cannot_help(tmp_path, hint, warning):
+    prompts = [[row, *([5] * (300 if hint == 1 else 0))] for row in range(20)]
+    _, _, manifest = run_planner(tmp_path, prompts, hints=[hint] * 20, hardware="a100-80gb")
+    assert any(warning in text for text in manifest.summary["warnings"])
+
+
+def test_a_prompt_longer_than_the_cache_is_said_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("blendserve.planner.plan.capacity_tokens", lambda shape, hardware: 100)
+    _, _, manifest = run_planner(tmp_path, [[1] * 200, [2, 3]], hints=[5, 5])
+    assert any("1 prompts are longer than the KV cache of cpu" in text for text in manifest.summary["warnings"])
+    assert sum(shard.num_requests for shard in manifest.shards) == 2
+
+
+def test_a_model_that_does_not_fit_is_said_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("blendserve.planner.plan.capacity_tokens", lambda shape, hardware: -1)
+    _, _, manifest = run_planner(tmp_path, [[1], [2, 3]], hints=[5, 5])
+    assert any("weights fill the memory of cpu" in text for text in manifest.summary["warnings"])
