@@ -69,7 +69,7 @@ class ShardReader:
             position=position,
             row_index=row["row_index"],
             request_id=row["request_id"],
-            prompt_token_ids=row["prompt_token_ids"],
+            prompt_token_ids=row["prompt_token_ids"].copy(),  # a view would keep its whole row group in memory
             max_tokens=row["max_tokens"],
             estimated_output_tokens=row["estimated_output_tokens"],
             seed=request_seed(self._seed, row["request_id"]),
