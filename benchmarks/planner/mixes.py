@@ -100,13 +100,13 @@ def main() -> None:
         for workload in arguments.workloads.split(","):
             rows.append(simulate_workload(model, workload, arguments.requests, gpus, arguments.learnt))
             print(rows[-1], flush=True)
-    result = {
-        **origin,
-        "seconds": time.monotonic() - started,
-        "workloads": {name: dict(zip(("density", "sharing"), pair, strict=True)) for name, pair in WORKLOADS.items()},
-        "rows": rows,
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+            result = {
+                **origin,
+                "seconds": time.monotonic() - started,
+                "workloads": {name: {"density": pair[0], "sharing": pair[1]} for name, pair in WORKLOADS.items()},
+                "rows": rows,
+            }
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ def schedule_rows(
         policy=spec.policy,
         seed=spec.seed,
         num_shards=spec.shards,
+        gpus=spec.gpus,
         costs=partial(compute_costs, database, constants),
     )
     rows_in_order = rows[schedule.positions]

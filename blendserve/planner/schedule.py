@@ -91,8 +91,10 @@ def schedule_requests(
     num_shards: int | None,
     costs: CostModel,
     begun: NDArray[np.float64] | None = None,
+    gpus: int = 1,
 ) -> Schedule:
-    """Order `requests` by `policy` and cut the order into shards; `num_shards` None: by predicted time.
+    """Order `requests` by `policy` and cut the order into shards; `num_shards` None: by predicted time, a multiple of
+    `gpus`.
 
     `begun` [2, num_shards]: compute and memory seconds that each shard has besides; policy blend evens them out.
     """
@@ -101,7 +103,7 @@ def schedule_requests(
     positions, begins = _order(requests, tree, policy, seed, compute, memory)
     unit_id, unit_density = _units(begins, compute[positions], memory[positions])
     seconds = float(compute.sum() + memory.sum())
-    chosen = choose_num_shards(num_shards, predicted_seconds=seconds, num_requests=requests.num_requests)
+    chosen = choose_num_shards(num_shards, predicted_seconds=seconds, num_requests=requests.num_requests, gpus=gpus)
     shards = _split(requests, positions, policy, compute[positions], memory[positions], chosen, begun) if chosen else []
     places = np.concatenate([np.zeros(0, np.int64), *shards])
     sizes = np.array([len(shard) for shard in shards], dtype=np.int64)

@@ -13,9 +13,10 @@ _LEAST_SECONDS = 1e-300
 SHARD_SECONDS = 1200.0  # long enough to be worth loading a model, short enough to run again after a crash
 
 
-def choose_num_shards(stated: int | None, *, predicted_seconds: float, num_requests: int) -> int:
-    """The stated number, or one shard per SHARD_SECONDS of predicted time; never more than there are requests."""
-    wanted = stated if stated is not None else math.ceil(predicted_seconds / SHARD_SECONDS)
+def choose_num_shards(stated: int | None, *, predicted_seconds: float, num_requests: int, gpus: int = 1) -> int:
+    """The stated number, or one shard per SHARD_SECONDS of predicted time, the same number for each of `gpus`; never
+    more than there are requests."""
+    wanted = stated if stated is not None else gpus * math.ceil(max(predicted_seconds, 1e-9) / (gpus * SHARD_SECONDS))
     return min(max(wanted, 1), num_requests)
 
 

@@ -26,6 +26,8 @@ class StepWork:
 class SimulatedMachine:
     """What a step may hold and what it costs. `step_seconds` is the least a step takes: reading all weights once.
 
+    unplanned_batched_tokens: what a step may hold where nothing says how much prefill a step has room for; more of it
+    would make every long output wait.
     interference: how much of the shorter of compute and memory time a step adds to the longer one, from 0 (perfect
     overlap) to 1 (one after the other).
     """
@@ -36,6 +38,7 @@ class SimulatedMachine:
     max_batched_tokens: int
     interference: float
     max_num_seqs: int = 1024
+    unplanned_batched_tokens: int = 512
 
     @property
     def decode_token_seconds(self) -> float:

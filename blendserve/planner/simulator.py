@@ -177,7 +177,7 @@ class Simulator:
 
     def _next_front(self) -> Front | None:
         """Left while this step lacks prefill tokens; else right, while steps lack memory work."""
-        is_full = self._queued_tokens >= 2 * self._machine.max_batched_tokens
+        is_full = self._queued_tokens >= 2 * self._max_batched_tokens
         if self._scanner.num_remaining == 0 or is_full:
             return None
         if not self._is_two_ended:
@@ -240,6 +240,11 @@ class Simulator:
 
     # Steps
 
+    @property
+    def _max_batched_tokens(self) -> int:
+        machine = self._machine
+        return machine.max_batched_tokens if self._reserves_output else machine.unplanned_batched_tokens
+
     def _prefill_seconds(self) -> float:
         """Compute time of the prefill in this step: what the decoding requests' memory time leaves unused.
 
@@ -253,7 +258,7 @@ class Simulator:
         return max(wanted, self._machine.step_seconds) - len(self._running) * self._machine.decode_token_seconds
 
     def _take_step(self) -> None:
-        budget, seconds_left = max(self._machine.max_batched_tokens - len(self._running), 1), self._prefill_seconds()
+        budget, seconds_left = max(self._max_batched_tokens - len(self._running), 1), self._prefill_seconds()
         tokens, compute = 0, len(self._running) * self._machine.decode_token_seconds
         pair_seconds = self._constants.seconds_per_attended_pair
         finished_prefill = []
