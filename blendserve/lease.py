@@ -6,7 +6,8 @@ that stays as it is for LEASE_SECONDS by the clock of whoever looks on has expir
 lists the files that its holder took over. Those and the ones that carry its attempt's name count, nothing else: a
 process that was paused through its lease and wakes up may still write a file, which then belongs to nobody.
 
-Invariants: a number is created once; a claim's list is written before its holder writes any file of its own.
+Invariants: a number is created once; what counts changes in one step, when a claim's list is written or the next number
+closes the folder.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 class Claim:
     """The content of one claim. `machine` and `pid` are where its holder runs, `started` when that process began.
 
-    `files` is None until its holder has looked what there is to take over; until then it has written nothing.
+    `files` is None until its holder has said what it takes over; until then nothing that it wrote counts.
     """
 
     token: int
@@ -98,7 +99,7 @@ def _decoded(content: bytes | None) -> Claim | None:
 
 
 class Lease:
-    """A held lease. Ask `check` before anything appears in the folder."""
+    """A held lease. State what is taken over first; ask `check` before anything appears in the folder."""
 
     def __init__(self, store: FileStore, claim: Claim, what: str) -> None:
         self._store = store
@@ -143,11 +144,17 @@ class Lease:
             self._is_lost = True
             raise self._lost()
 
+    def inherited(self, prefix: str) -> list[str]:
+        """The files that counted when this lease began, of those whose names start with `prefix`."""
+        names = self._store.names(prefix)
+        earlier = _newest_written(self._store, before=self._claim.name)
+        return names if earlier is None else _counted(earlier, names)
+
     def counted(self, names: Sequence[str]) -> list[str]:
         return _counted(self._claim, names)
 
     def take_over(self, files: Sequence[str]) -> None:
-        """From now on these files count besides the attempt's own."""
+        """From now on these files count and the attempt's own, those that it has written already too."""
         self.check()
         self._rewrite(files=tuple(files))
 
@@ -187,17 +194,13 @@ class Lease:
         )
 
 
-def acquire_lease(store: FileStore, what: str, *, prefixes: Sequence[str] = (), wait_seconds: float = 0.0) -> Lease:
+def acquire_lease(store: FileStore, what: str, *, wait_seconds: float = 0.0) -> Lease:
     """Take the lease on the folder `store`, which messages call `what`; leave it as a context manager.
 
-    An expired, released or dead holder is taken over from, with the files that count and start with one of `prefixes`.
-    A living one is waited for, at least `wait_seconds` and until it was seen to live.
-    Raises InUseError when it stays.
+    An expired, released or dead holder is taken over from. A living one is waited for, at least `wait_seconds` and
+    until it was seen to live. Raises InUseError when it stays.
     """
-    claim = _claimed(store, what, wait_seconds)
-    claim = replace(claim, files=_taken_over(store, prefixes, claim))
-    store.write(claim.name, claim.encoded())
-    return Lease(store, claim, what)
+    return Lease(store, _claimed(store, what, wait_seconds), what)
 
 
 def _claimed(store: FileStore, what: str, wait_seconds: float) -> Claim:
@@ -235,12 +238,6 @@ class _Watched:
 
     def seen(self, state: object, now: float) -> _Watched:
         return self if state == self.state else _Watched(state, now, self.num_changes + 1)
-
-
-def _taken_over(store: FileStore, prefixes: Sequence[str], own: Claim) -> tuple[str, ...]:
-    names = [name for prefix in prefixes for name in store.names(prefix)]
-    earlier = _newest_written(store, before=own.name)
-    return tuple(names if earlier is None else _counted(earlier, names))
 
 
 def _own_claim(token: int) -> Claim:

@@ -79,7 +79,7 @@ def run_shard(
         if (finished := _finished(folder, plan)) is not None:  # by whom we waited for
             return finished
         folder.remove_manifest()  # of an earlier plan; its completions stay
-        folder.clean_up()
+        folder.take_over()
         return _ShardRun(plan_dir, plan, shard_plan, folder, on_progress).run(should_stop)
 
 

@@ -31,7 +31,6 @@ _PART_SECONDS = 2.0
 _METRICS_SECONDS = 30.0
 _COUNTED = ["row_index", "finish_reason", "num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"]
 _MANIFEST = "shard.json"
-_PREFIXES = ("part-", "steps-")
 
 
 class ShardFolder:
@@ -50,9 +49,7 @@ class ShardFolder:
         Raises InUseError when one is in, OutputError when the folder can't be written.
         """
         with _reporting_full_disk(self.place):
-            self._lease = acquire_lease(
-                self._store, f"Shard folder {self.place}", prefixes=_PREFIXES, wait_seconds=STOP_SECONDS
-            )
+            self._lease = acquire_lease(self._store, f"Shard folder {self.place}", wait_seconds=STOP_SECONDS)
         with self._lease:
             yield
 
@@ -70,21 +67,22 @@ class ShardFolder:
         self._held.check()
         self._store.remove(_MANIFEST)
 
-    def clean_up(self) -> None:
-        """Remove what a killed attempt left half-written, and rows that failed earlier, so that they run again.
+    def take_over(self) -> None:
+        """Go on from what earlier attempts left, but for rows that failed, which run again.
 
-        Parts stay as they are for whoever reads them; what is kept of one with failed rows becomes a part of ours.
+        Parts stay as they are for whoever reads them; what is kept of one with failed rows becomes a part of ours. What
+        a killed attempt left half-written is removed.
         """
         self._store.remove_unfinished()
         kept = []
-        for name in self._names("part-"):
+        for name in self._held.inherited("part-"):
             table = self._read(name, COMPLETIONS)
             succeeded = table.filter(pc.field("finish_reason") != FinishReason.ERROR.value)
             if succeeded.num_rows == table.num_rows:
                 kept.append(name)
             elif succeeded.num_rows:
                 self._write_numbered("part", succeeded)
-        self._held.take_over([*kept, *self._names("steps-")])
+        self._held.take_over([*kept, *self._held.inherited("steps-")])
 
     def read_counts(self) -> pa.Table:
         """row_index, finish_reason and token counts of all completions that count."""

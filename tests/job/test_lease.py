@@ -36,7 +36,10 @@ def no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def acquire(store: LocalStore, wait_seconds: float = 0.1) -> Lease:
-    return acquire_lease(store, "Shard 0", prefixes=["part-"], wait_seconds=wait_seconds)
+    """The lease, with all that counted taken over."""
+    held = acquire_lease(store, "Shard 0", wait_seconds=wait_seconds)
+    held.take_over(held.inherited("part-"))
+    return held
 
 
 def write_part(store: LocalStore, holder: Lease, number: int) -> str:
@@ -88,6 +91,28 @@ def test_a_silent_holder_of_another_machine_is_taken_over_from(store: LocalStore
             publish()
     second.close([kept])
     assert counted_files(store, "part-") == [kept]
+
+
+def test_what_counts_changes_in_one_step(store: LocalStore, no_heartbeat: None) -> None:
+    """A holder writes a part anew without its failed rows, and may die before it says so."""
+    with acquire(store) as first:
+        old = write_part(store, first, 0)
+    second = acquire_lease(store, "Shard 0")
+    new = write_part(store, second, 0)
+    assert counted_files(store, "part-") == [old]
+    second.take_over([])
+    assert counted_files(store, "part-") == [new]
+
+
+def test_what_a_holder_wrote_before_it_took_over_counts_for_nobody_after_its_death(
+    store: LocalStore, no_heartbeat: None
+) -> None:
+    with acquire(store) as first:
+        old = write_part(store, first, 0)
+    with acquire_lease(store, "Shard 0") as second:
+        write_part(store, second, 0)
+    with acquire(store):
+        assert counted_files(store, "part-") == [old]
 
 
 def test_one_only_of_two_holders_gets_to_close(store: LocalStore, no_heartbeat: None) -> None:

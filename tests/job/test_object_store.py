@@ -65,12 +65,14 @@ def test_lease_is_taken_over_and_the_late_part_does_not_count(
     store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease.Lease, "_keep_alive", lambda _self: None)
-    first = acquire_lease(store, "Shard 0", prefixes=["part-"])
+    first = acquire_lease(store, "Shard 0")
+    first.take_over([])
     kept = f"part-{first.attempt}-00000.parquet"
     store.write(kept, b"rows")
     claim = json.loads(store.read("leases/00001.json") or b"")
     store.write("leases/00001.json", json.dumps(claim | {"machine": "another x y"}).encode())
-    second = acquire_lease(store, "Shard 0", prefixes=["part-"])
+    second = acquire_lease(store, "Shard 0")
+    second.take_over(second.inherited("part-"))
     store.write(f"part-{first.attempt}-00001.parquet", b"late rows")
     assert counted_files(store, "part-") == [kept]
     with pytest.raises(InUseError):
