@@ -79,10 +79,14 @@ class Console:
         with rich.progress.Progress(*columns, console=self._err, transient=True) as bar:
             task = bar.add_task("requests", total=None, rate="", visible=False)
 
+            latest: dict[int, Progress] = {}  # by shard: several may run side by side
+
             def on_progress(message: Progress) -> None:
-                rate = message.get("tokens_per_second")
-                shown = "" if rate is None else f"{rate:,.0f} tokens/s"
-                bar.update(task, visible=True, completed=message["done"], total=message["total"], rate=shown)
+                latest[message["shard"]] = message
+                running = [shard for shard in latest.values() if shard["done"] < shard["total"]] or [message]
+                done, total = (sum(shard[name] for shard in running) for name in ("done", "total"))
+                rate = sum(shard["tokens_per_second"] for shard in running)
+                bar.update(task, visible=True, completed=done, total=total, rate=f"{rate:,.0f} tokens/s")
 
             yield on_progress
 

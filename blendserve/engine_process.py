@@ -44,12 +44,14 @@ def run_shard_process(
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     completions: str | None = None,
+    device: str | None = None,
 ) -> ShardManifest:
     """Run a shard of the plan in `plan_folder` to its end and return its manifest.
 
     Finished rows of an earlier attempt are kept and not run again. `should_stop` is asked five times a second; when
     it says yes, or when this thread is interrupted, the engine writes out what is finished and ends.
     `completions` is the folder or URL that the completions' folders lie in; by default what the plan says.
+    `device` is the one GPU that the process shall see, as CUDA_VISIBLE_DEVICES names it; by default all of them.
 
     Raises Interrupted when stopped, InUseError when another process has the shard, PlanError for an unknown shard or
     bad plan, EngineOutOfMemoryError or else EngineProcessError.
@@ -60,7 +62,7 @@ def run_shard_process(
     command = [sys.executable, "-m", "blendserve.engine.run_shard", "--stop-at-eof", "--completions", place]
     command += [str(plan_folder), str(shard)]
     with subprocess.Popen(  # noqa: S603 - our own module, no shell
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment()
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment(device)
     ) as process:
         lines: deque[str] = deque(maxlen=_KEPT_LINES)
         try:
@@ -90,10 +92,11 @@ def run_shard_process(
     )
 
 
-def _environment() -> dict[str, str]:
+def _environment(device: str | None) -> dict[str, str]:
     # Threads that spin while they wait for each other slow a loaded machine down; it must be set before torch loads.
     defaults = {"OMP_WAIT_POLICY": "PASSIVE"}
-    return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    chosen = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+    return {**defaults, **os.environ, **chosen, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _watch(

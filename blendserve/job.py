@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from blendserve.engine_process import Progress, find_plan, run_shard_process
 from blendserve.errors import OutputError, ReconciliationError
 from blendserve.extract import extract_requests
+from blendserve.gpus import check_gpus, run_shards
 from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, claim, holding, read_record, versions, writing_to
 from blendserve.manifest import PlanManifest, ShardManifest, read_json, read_manifest, replacing, write_manifest
@@ -49,6 +50,7 @@ def run(
     announce = on_step or (lambda _step, _result: None)
     with working_copy(spec.output) as root, _held(spec, root) as examined:
         folder = examined.folder
+        check_gpus(spec.gpus)
         announce("extract", _extract(examined))
         if folder.success.is_file():
             return {**_read_final_manifest(folder), "already_done": True}
@@ -57,8 +59,7 @@ def run(
         announce("sample", run_sample(folder.root, on_progress=on_progress))
         made = plan(folder.root)
         announce("plan", made.summary)
-        for shard in made.shards:
-            done = run_shard(folder.plan, shard.shard, on_progress=on_progress)
+        for done in run_shards(folder.plan, range(len(made.shards)), gpus=spec.gpus, on_progress=on_progress):
             announce("run_shard", done.model_dump(mode="json"))
         announce("merge", merge(folder.root))
         announce("report", {"report": str(report(folder.root))})

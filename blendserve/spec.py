@@ -128,6 +128,9 @@ class JobSpec(SamplingSpec, EngineSpec):
     shards: int | None = Field(
         None, ge=1, title="Shards", description="Units of work and retry. Empty: the planner chooses."
     )
+    gpus: int = Field(
+        1, ge=1, title="GPUs", description="Shards that run side by side, one on each GPU; there are at least as many."
+    )
     limit: int | None = Field(None, ge=1, title="Limit", description="Only the first N rows.")
     on_row_error: RowErrorPolicy = Field(
         "continue",

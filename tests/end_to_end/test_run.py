@@ -65,7 +65,7 @@ def test_every_way_of_running_gives_the_same_text(
         "dfs": ["--policy", "dfs", "--shards", 3],
         "fcfs": ["--policy", "fcfs", "--max-num-batched-tokens", 7],
         "random": ["--policy", "random", "--no-prefix-cache"],
-        "longest": ["--policy", "longest", "--shards", 2, "--num-blocks", 24],
+        "longest": ["--policy", "longest", "--gpus", 2, "--num-blocks", 24],
     }
     texts = {}
     for name, options in ways.items():

@@ -68,3 +68,12 @@ def test_what_a_shard_has_begun_counts():
     first, second = split_from_both_ends(compute, memory, 2, begun=begun)
     assert 900 + compute[first].sum() == pytest.approx(compute[second].sum(), rel=0.02)
     assert 900 + memory[first].sum() == pytest.approx(memory[second].sum(), rel=0.02)
+
+
+def test_every_gpu_gets_as_many_shards() -> None:
+    def chosen(seconds: float, gpus: int, stated: int | None = None, num_requests: int = 1000) -> int:
+        return choose_num_shards(stated, predicted_seconds=seconds, num_requests=num_requests, gpus=gpus)
+
+    assert [chosen(10, 4), chosen(1200 * 4, 4), chosen(1200 * 4 + 1, 4), chosen(1200 * 5, 2)] == [4, 4, 8, 6]
+    assert chosen(10, 4, stated=3) == 3
+    assert chosen(10, 4, num_requests=2) == 2
