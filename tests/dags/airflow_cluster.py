@@ -27,7 +27,7 @@ DAGS = Path(__file__).resolve().parents[2] / "dags"
 START_SECONDS = 150.0
 # Short ones, so that a test sees in seconds what takes minutes in a team's Airflow.
 LEASE_SECONDS = 6
-HEARTBEAT_TIMEOUT_SECONDS = 8
+HEARTBEAT_TIMEOUT_SECONDS = 12
 PREPARE = "from blendserve.airflow.standalone import prepare; prepare()"
 
 
@@ -57,16 +57,10 @@ class AirflowCluster:
         """One more Celery worker; two of them on a host need log servers of their own."""
         (port,) = _free_ports(1)
         name = name or queue
-        options = [
-            "--queues",
-            queue,
-            "--concurrency",
-            2 if queue == "default" else 1,
-            "--celery-hostname",
-            f"{name}@%h",
-        ]
+        concurrency = 2 if queue == "default" else 1
         self._airflow(
-            *("celery", "worker", *options, "--without-mingle", "--without-gossip"),
+            *("celery", "worker", "--queues", queue, "--concurrency", concurrency),
+            *("--celery-hostname", f"{name}@%h", "--without-mingle", "--without-gossip"),
             name=name,
             AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT=str(port),
         )
@@ -99,9 +93,9 @@ class AirflowCluster:
         deadline = time.monotonic() + seconds
         while not is_so():
             assert time.monotonic() < deadline, self._last_lines()
-            time.sleep(0.5)
+            time.sleep(0.2)
 
-    def wait_for_run(self, run_url: str, *states: str, seconds: float = 120.0) -> dict[str, Any]:
+    def wait_for_run(self, run_url: str, *states: str, seconds: float = 240.0) -> dict[str, Any]:
         """The run, once it is in one of `states`."""
         run: dict[str, Any] = {}
 
