@@ -1,14 +1,17 @@
 """Runs the Gluon kernels on the CPU, to test their work lists, indices, masks and barriers where there is no GPU.
 
-Every warp partition is a thread. Copies happen as soon as they are issued, products only when they are waited for, so a
-slot that is freed too early shows. Layouts, fences and registers are not modelled: those are tested on a GPU.
+Warp partitions and copies are threads, products are computed only when they are waited for, and now and then a copy or
+a product takes its time, so that what reads too early or is freed too early shows. Layouts, fences and registers are
+not modelled: those are tested on a GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,6 +24,15 @@ import blendserve_kernels
 
 _SECONDS_UNTIL_DEADLOCK = 10.0
 _PANEL = 64  # columns that lie together in shared memory
+
+
+_chance = random.Random(0)
+
+
+def _dawdle() -> None:
+    """Let the other threads run ahead, now and then."""
+    if _chance.random() < 0.2:
+        time.sleep(2e-3)
 
 
 class Dtype:
@@ -178,6 +190,7 @@ class _Product:
         self.result: Value | None = None
 
     def finish(self) -> None:
+        _dawdle()
         accumulator = self.accumulator.result if isinstance(self.accumulator, _Product) else self.accumulator
         a = self.a.read() if isinstance(self.a, SharedMemory) else self.a
         product = a.float() @ self.b.read().float()
@@ -273,8 +286,13 @@ def _copy_in(desc: TensorDescriptor, coordinates: Any, barrier: Any, target: Sha
     box = torch.zeros(desc.block_shape, dtype=desc.tensor.dtype)
     inside, place = desc.box(coordinates)
     box[place] = inside
-    target.store(box.view(-1, desc.block_shape[-1]))
-    barrier.update(0, -box.nbytes)
+
+    def copy() -> None:
+        _dawdle()
+        target.store(box.view(-1, desc.block_shape[-1]))
+        barrier.update(0, -box.nbytes)
+
+    threading.Thread(target=copy, daemon=True).start()
 
 
 def _copy_out(desc: TensorDescriptor, coordinates: Any, source: SharedMemory) -> None:
