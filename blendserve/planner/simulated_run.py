@@ -10,6 +10,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from blendserve.planner.observed_simulator import ObservedSimulator
 from blendserve.planner.output_lengths import OutputLengths, estimate_output_lengths
 from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.schedule import CostModel, PlannedRequests, Schedule, schedule_requests, shared_with_previous
@@ -120,7 +121,7 @@ class _LearningRun:
         self._policy, self._costs, self._seed = policy, costs, seed
         requests = job.simulated_requests()
         self._tree = requests.tree
-        self._simulators = [Simulator(requests, machine) for _ in range(gpus)]
+        self._simulators = [ObservedSimulator(requests, machine) for _ in range(gpus)]
         self._planning_seconds = 0.0
 
     def run(self) -> PolicyRun:

@@ -82,6 +82,11 @@ class SimulatedRequests:
     num_prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
 
+    def read_tokens(self, prefix_readers: float) -> NDArray[np.int64]:
+        """[num_requests]: prompt tokens that a decode step reads for each, of what is read together its part."""
+        shared = self.tree.depth_tokens[self.tree.leaf_node]
+        return np.rint(self.num_prompt_tokens - shared * (1 - 1 / prefix_readers)).astype(np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class SimulatedShard:

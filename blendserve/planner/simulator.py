@@ -11,10 +11,10 @@ from collections import deque
 from heapq import heappop, heappush
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blendserve.dual_scanner import DualScanner, Front
 from blendserve.planner.memory_peak import peak_tokens
+from blendserve.planner.prefill_queue import PrefillQueue
 from blendserve.planner.simulated_cache import SimulatedCache
 from blendserve.planner.simulation import (
     SimulatedMachine,
@@ -45,7 +45,7 @@ class Simulator:
         self._usage = UsageRecorder()
         self._left = WorkLeft(machine)
         self._prompt: list[int] = requests.num_prompt_tokens.tolist()
-        self._read: list[int] = _read_tokens(requests, machine.constants.prefix_readers).tolist()
+        self._read: list[int] = requests.read_tokens(machine.constants.prefix_readers).tolist()
         self._output: list[int] = np.maximum(requests.output_tokens, 1).tolist()
         num_requests = len(self._prompt)
         self._estimate = [1] * num_requests
@@ -53,12 +53,11 @@ class Simulator:
         self._front = [Front.LEFT] * num_requests
         self._produced = [0] * num_requests  # output tokens when the request began to decode or was preempted
         self._joined = [-1] * num_requests  # step in which the request began to decode, -1 while it doesn't
-        self._prefilling: deque[list[int]] = deque()  # [request, tokens computed, tokens to compute up to]
+        self._prefilling = PrefillQueue(machine.constants)
         self._preempted: deque[int] = deque()
         self._running: dict[int, None] = {}  # decoding requests, latest last
         self._finished: list[int] = []
         self._events: list[tuple[int, int, int, int]] = []  # (step, kind, request, step it joined)
-        self._queued_tokens = 0  # admitted, not computed
         self._own_tokens = 0  # KV cache beyond shared prefixes
         self._context = 0  # KV tokens that the next decode step reads
         self._right_footprint = 0.0  # of the admitted requests that count as the right front's
@@ -67,48 +66,12 @@ class Simulator:
         self._seconds = self._compute = self._memory = 0.0
         self._cached_tokens = self._num_preemptions = 0
 
-    # What a planner sees and says
-
-    @property
-    def admitted(self) -> NDArray[np.int64]:
-        """The requests that have started and not finished, in no order."""
-        return np.array(self._unfinished(), dtype=np.int64)
-
-    @property
-    def finished(self) -> NDArray[np.int64]:
-        """The requests that are done, in the order in which they finished."""
-        return np.array(self._finished, dtype=np.int64)
-
-    @property
-    def remaining(self) -> NDArray[np.int64]:
-        """The requests that are assigned and not admitted."""
-        num_remaining = self._scanner.num_remaining
-        begin = self._scanner.peek(Front.LEFT) if num_remaining else 0
-        return np.array(self._order[begin : begin + num_remaining], dtype=np.int64)
-
-    def num_produced(self, requests: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[num_requests]: the output tokens so far of each of `requests`."""
-        return np.array([self._count_produced(request) for request in requests.tolist()], dtype=np.int64)
-
     def begun_seconds(self) -> tuple[float, float]:
         """Compute and memory time that admitted requests still have to decode."""
         left = WorkLeft(self._machine)
         for request in self._unfinished():
             left.expect(self._read[request], self._count_produced(request), self._estimate[request])
         return left.compute, left.memory
-
-    def revise(self, requests: NDArray[np.int64], estimates: NDArray[np.int64]) -> None:
-        """Expect other output lengths of those of `requests` that decode or wait preempted; comes before `assign`."""
-        waiting = set(self._preempted)
-        for request, estimate in zip(requests.tolist(), estimates.tolist(), strict=True):
-            produced = self._count_produced(request)
-            if estimate <= produced:
-                continue
-            if request in waiting:
-                self._estimate[request] = estimate
-            elif request in self._running:
-                self._lengthen(request, estimate - self._estimate[request])
-                self._await_end(request, estimate - produced)
 
     def assign(self, shard: SimulatedShard) -> None:
         """Admit `shard` from now on, instead of what was assigned before and hasn't been admitted."""
@@ -177,12 +140,12 @@ class Simulator:
 
     def _next_front(self) -> Front | None:
         """Left while this step lacks prefill tokens; else right, while steps lack memory work."""
-        is_full = self._queued_tokens >= 2 * self._max_batched_tokens
+        is_full = self._prefilling.num_tokens >= 2 * self._max_batched_tokens
         if self._scanner.num_remaining == 0 or is_full:
             return None
         if not self._is_two_ended:
             return Front.LEFT
-        if self._queued_tokens * self._constants.seconds_per_layer_token < self._prefill_seconds():
+        if self._prefilling.num_tokens * self._constants.seconds_per_layer_token < self._prefill_seconds():
             return Front.LEFT if self._running or self._prefilling else Front.RIGHT
         return Front.RIGHT if self._lacks_memory_work() else None
 
@@ -218,7 +181,7 @@ class Simulator:
         return False
 
     def _peak(self, held: int, rest: int) -> int:
-        requests = [*self._running, *(chunk[0] for chunk in self._prefilling)]
+        requests = [*self._running, *self._prefilling.requests]
         produced = np.array([self._count_produced(request) for request in requests])
         remaining = np.array([self._estimate[request] for request in requests]) - produced
         own = np.array([self._prompt[request] - self._cache.shared_tokens(request) for request in requests]) + produced
@@ -233,9 +196,7 @@ class Simulator:
         self._own_tokens += own
         if self._front[request] is Front.RIGHT:
             self._right_footprint += self._footprint[request]
-        last = self._prompt[request] + produced
-        self._queued_tokens += max(last - cached, 1)
-        self._prefilling.append([request, min(cached, last - 1), last])
+        self._prefilling.append(request, cached, self._prompt[request] + produced)
         self._cache.shrink(self._machine.capacity_tokens - self._own_tokens)
 
     # Steps
@@ -258,24 +219,9 @@ class Simulator:
         return max(wanted, self._machine.step_seconds) - len(self._running) * self._machine.decode_token_seconds
 
     def _take_step(self) -> None:
-        budget, seconds_left = max(self._max_batched_tokens - len(self._running), 1), self._prefill_seconds()
-        tokens, compute = 0, len(self._running) * self._machine.decode_token_seconds
-        pair_seconds = self._constants.seconds_per_attended_pair
-        finished_prefill = []
-        while self._prefilling and tokens < budget and (seconds_left > 0 or not tokens):
-            request, done, last = chunk = self._prefilling[0]
-            token_seconds = self._constants.seconds_per_layer_token + done * pair_seconds
-            count = int(max(min(budget - tokens, last - done, seconds_left / token_seconds), 1))
-            chunk[1] += count
-            tokens += count
-            seconds = count * (token_seconds + count / 2 * pair_seconds)
-            if chunk[1] == last:
-                self._prefilling.popleft()
-                finished_prefill.append(request)
-                seconds += self._constants.seconds_per_sampled_token
-            compute += seconds
-            seconds_left -= seconds
-        self._queued_tokens = self._queued_tokens - tokens if self._prefilling else 0
+        most_tokens = max(self._max_batched_tokens - len(self._running), 1)
+        compute, finished_prefill = self._prefilling.take(most_tokens, self._prefill_seconds())
+        compute += len(self._running) * self._machine.decode_token_seconds
         self._account(self._machine.step(compute, self._context), 1)
         for request in finished_prefill:
             self._join(request)
@@ -301,7 +247,7 @@ class Simulator:
     # Requests
 
     def _unfinished(self) -> list[int]:
-        return [*self._running, *self._preempted, *(chunk[0] for chunk in self._prefilling)]
+        return [*self._running, *self._preempted, *self._prefilling.requests]
 
     def _count_produced(self, request: int) -> int:
         joined = self._joined[request]
@@ -373,9 +319,3 @@ class Simulator:
             self._preempted.appendleft(request)
             self._num_preemptions += 1
         self._cache.shrink(capacity - self._own_tokens)
-
-
-def _read_tokens(requests: SimulatedRequests, prefix_readers: float) -> NDArray[np.int64]:
-    """[num_requests]: prompt tokens that a decode step of each request reads, its part of shared reads included."""
-    shared = requests.tree.depth_tokens[requests.tree.leaf_node]
-    return np.rint(requests.num_prompt_tokens - shared * (1 - 1 / prefix_readers)).astype(np.int64)
