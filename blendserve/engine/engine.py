@@ -90,13 +90,11 @@ class LLMEngine:
         self._eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
         if spec.overlap == "on" and device.type == "cuda" and not limits.is_batch_invariant:
             overlap = overlap or OverlapPolicy()
-        is_dummy = spec.load_format == "dummy"
         is_invariant = limits.is_batch_invariant
-        weights = (
-            dummy_weights(config, dtype, device, is_batch_invariant=is_invariant)
-            if is_dummy
-            else load_weights(model_folder, config, dtype, device, is_batch_invariant=is_invariant)
-        )
+        if spec.load_format == "dummy":
+            weights = dummy_weights(config, dtype, device, is_batch_invariant=is_invariant)
+        else:
+            weights = load_weights(model_folder, config, dtype, device, is_batch_invariant=is_invariant)
         model = LlamaModel(config, weights, self.max_model_len)
         bytes_per_block = block_bytes(config, limits.block_size, dtype)
         num_blocks = spec.num_blocks or self._size_cache(model, bytes_per_block, max_useful_tokens, max_requests)

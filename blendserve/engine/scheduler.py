@@ -20,10 +20,6 @@ from blendserve.engine.running import RunningRequests
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
 from blendserve.engine.upcoming import RequestSource, UpcomingRequests
 
-# How many steps the view of what the fronts will need may age: where they have moved since, and where they haven't.
-_PIN_AGE_STEPS = 4
-_PIN_MAX_AGE_STEPS = 32
-
 
 class Scheduler:
     """Continuous batching: chunked prefill, prefix sharing, admission from two fronts, preemption by recompute."""
@@ -47,7 +43,6 @@ class Scheduler:
         self._prefilling: list[int] = []  # rows, in the order of admission
         self._drained: list[tuple[int, int]] = []  # (row, serial): blocks to give back once their last step is planned
         self._preempted: deque[Request] = deque()
-        self._pinned_at: tuple[int, int] = (-1, -_PIN_AGE_STEPS)  # num_remaining then, step then
         self._pace = Pace(self._waiting.scanner) if is_paced and source.is_two_ended else None
         self._left_budget = 0  # prefill tokens that the left front may still have in this step
         self._num_steps = 0
@@ -68,7 +63,9 @@ class Scheduler:
         self._is_planned[:] = False
         self._kv_cache.begin_step()
         self._release_drained()
-        self._pin_upcoming()
+        needed_blocks = self.running.num_active + self._kv_cache.blocks_for(self._max_num_batched_tokens)
+        if self._kv_cache.num_free_blocks <= needed_blocks and self._waiting.has_moved(self._num_steps):
+            self._kv_cache.pin(self._waiting.ahead())
         self._schedule_decodes(batch)
         self._left_budget = self._max_num_batched_tokens
         if self._pace:
@@ -308,14 +305,3 @@ class Scheduler:
     @property
     def _capacity_tokens(self) -> int:
         return self._kv_cache.num_blocks * self._kv_cache.block_size
-
-    def _pin_upcoming(self) -> None:
-        """When blocks are scarce, tell the cache which prompts will be admitted next from either front."""
-        pinned_remaining, pinned_step = self._pinned_at
-        num_remaining = self._waiting.scanner.num_remaining
-        needed_blocks = self.running.num_active + self._kv_cache.blocks_for(self._max_num_batched_tokens)
-        max_age = _PIN_MAX_AGE_STEPS if pinned_remaining == num_remaining else _PIN_AGE_STEPS
-        if self._num_steps - pinned_step < max_age or self._kv_cache.num_free_blocks > needed_blocks:
-            return
-        self._pinned_at = (num_remaining, self._num_steps)
-        self._kv_cache.pin(self._waiting.ahead())

@@ -9,6 +9,9 @@ from blendserve.dual_scanner import DualScanner, Front
 from blendserve.engine.request import Request
 
 _AHEAD = 16  # at each front
+# How many steps a view of what lies ahead may age: where the fronts have moved since, and where they haven't.
+_AGE_STEPS = 4
+_MAX_AGE_STEPS = 32
 
 
 class RequestSource(Protocol):
@@ -30,6 +33,7 @@ class UpcomingRequests:
         self._source = source
         self.scanner = source.scanner
         self._read: dict[int, Request] = {}  # by position
+        self._seen_at: tuple[int, int] = (-1, -_AGE_STEPS)  # num_remaining then, step then
 
     def peek(self, front: Front) -> Request:
         """The next request at `front`, not taken."""
@@ -38,6 +42,15 @@ class UpcomingRequests:
     def take(self, front: Front) -> None:
         """Take the request at `front` out of those that wait."""
         self._read.pop(self.scanner.take(front), None)
+
+    def has_moved(self, step: int) -> bool:
+        """Whether it is worth looking `ahead` again in this step; if so, the next few steps it isn't."""
+        seen_remaining, seen_step = self._seen_at
+        num_remaining = self.scanner.num_remaining
+        if step - seen_step < (_MAX_AGE_STEPS if seen_remaining == num_remaining else _AGE_STEPS):
+            return False
+        self._seen_at = (num_remaining, step)
+        return True
 
     def ahead(self) -> Iterator[Request]:
         """The requests that will be admitted next from either front."""
