@@ -48,7 +48,7 @@ def test_batch_answers_every_row(airflow_environment: dict[str, str], workspace:
     assert status == 0, output
     assert all(f"shard={number}" in output for number in range(3))
 
-    (job,) = (workspace / "out").iterdir()
+    (job,) = (workspace / "out").glob("[!.]*")
     results = pq.read_table(job / "results")
     assert results["request_id"].to_pylist() == [f"row-{number}" for number in range(12)]
     assert set(results["finish_reason"].to_pylist()) == {"length"}
@@ -167,15 +167,16 @@ def test_make_airflow_starts_one_that_is_healthy(airflow_environment: dict[str, 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "blendserve.airflow.standalone", "--dags", str(DAGS), "--port", str(port)]
-    process = subprocess.Popen(
-        command, cwd=workspace, env=airflow_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    environment = airflow_environment | {"PYTHONUNBUFFERED": "1"}
+    output = workspace / "output.txt"
+    with output.open("w") as file:
+        process = subprocess.Popen(command, cwd=workspace, env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
-        wait_for(lambda: is_healthy(f"http://127.0.0.1:{port}"))
+        wait_for(lambda: f"Airflow is ready: http://127.0.0.1:{port}" in output.read_text())
+        assert is_healthy(f"http://127.0.0.1:{port}")
     finally:
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=30)
-    assert f"Airflow is ready: http://127.0.0.1:{port}" in output
+        process.wait(timeout=60)
 
 
 @pytest.mark.parametrize(("conf", "reason"), [("[1]", "expected an object"), ("{", "is not JSON")])
