@@ -50,7 +50,7 @@ def run_planner(tmp_path: Path, prompts, *, max_tokens=1000, hints=None, dedupe=
     return folder, summary, manifest
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(prompts=PROMPTS, policy=st.sampled_from(POLICIES), num_shards=st.integers(1, 4), dedupe=st.booleans())
 def test_each_request_stands_in_exactly_one_shard(tmp_path_factory, prompts, policy, num_shards, dedupe):
     folder, summary, manifest = run_planner(

@@ -191,10 +191,10 @@ def test_a_sample_run_beside_the_job_costs_little():
 
 def test_requests_that_outlive_their_estimate_count_as_memory_heavy():
     # Estimated as short ones at the compute-heavy front; once they outlive that, no more of them may fill the cache.
-    job = job_of([400] * 2000 + [20] * 100, [0] * 2100, [1] * 2000 + [900] * 100, [1] * 2100)
+    job = job_of([400] * 300 + [20] * 25, [0] * 325, [1] * 300 + [900] * 25, [1] * 325)
     (result,) = replay(job, "blend")
-    assert result.num_output_tokens == 2000 + 90_000
-    assert result.num_preemptions < 100
+    assert result.num_output_tokens == 300 + 22_500
+    assert result.num_preemptions < 25
 
 
 def test_usage_over_time_adds_up():
