@@ -18,10 +18,11 @@ from blendserve.manifest import replacing
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _MAX_MEMORY_BYTES = 5 * 2**29  # with the rest of a step, 6 GB are enough for a billion tokens
+_MEMORY_OF_MANY_THREADS = 2**30
 
 
 def default_memory_bytes() -> int:
-    """Half of the memory that this process may have (what is free, its container's limit), at most 3 GiB."""
+    """Half of the memory that this process may have (what is free, its container's limit), at most 2.5 GiB."""
     limits = [int(psutil.virtual_memory().available), 2 * _MAX_MEMORY_BYTES]
     stated = [path.read_text(encoding="ascii").strip() for path in _CGROUP_LIMITS if path.exists()]
     limits += [int(limit) for limit in stated if limit.isdigit()]
@@ -34,9 +35,10 @@ def open_database(folder: Path, *, memory_bytes: int | None = None) -> Iterator[
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".duckdb-") as spill:
         limit = default_memory_bytes() if memory_bytes is None else memory_bytes
-        connection = duckdb.connect(
-            config={"memory_limit": f"{limit // 2**20}MiB", "temp_directory": spill, "preserve_insertion_order": True}
-        )
+        config: dict[str, Any] = {"memory_limit": f"{limit // 2**20}MiB", "temp_directory": spill}
+        if limit < _MEMORY_OF_MANY_THREADS:  # each thread holds blocks of its own while it sorts
+            config |= {"threads": 1, "preserve_insertion_order": False}
+        connection = duckdb.connect(config=config)
         try:
             yield connection
         finally:
