@@ -25,13 +25,13 @@ _SUMMARY_LABELS = {
     "density": "compute density",
     "density_left": "density at the compute-heavy end",
     "density_right": "density at the memory-heavy end",
-    "predicted_seconds": "predicted seconds",
+    "predicted_seconds": "predicted seconds, all devices together",
+    "overlapped_seconds": "the same at perfect overlap",
     "real_seconds": "real seconds",
     "num_shards": "shards",
     "hardware": "hardware",
 }
-
-
+_COST_LABELS = {"device_hours": "device hours", "cost": "cost"}
 _SHOWN_CHARACTERS = 160
 _TABLE_WIDTH = 120
 
@@ -118,11 +118,14 @@ class Console:
 
     def simulation(self, found: dict[str, Any]) -> None:
         """What each policy takes, and the bound that none can beat."""
-        table = rich.table.Table("policy", "seconds", "tokens/s", "sharing", "preemptions", title="Simulation")
+        columns = ["policy", "seconds", "tokens/s", "sharing", "preemptions"]
+        costs = [name for name in _COST_LABELS if all(name in run for run in found["policies"].values())]
+        table = rich.table.Table(*columns, *(_COST_LABELS[name] for name in costs), title="Simulation")
         for policy, run in found["policies"].items():
             sharing = f"{run['prefix_sharing']:.1%}"
             rate = f"{run['tokens_per_second']:,.0f}"
-            table.add_row(policy, f"{run['seconds']:,.1f}", rate, sharing, f"{run['num_preemptions']:,}")
+            shown = [f"{run['seconds']:,.1f}", rate, sharing, f"{run['num_preemptions']:,}"]
+            table.add_row(policy, *shown, *(f"{run[name]:,.2f}" for name in costs))
         table.add_row("bound", f"{found['bound_seconds']:,.1f}", "", f"{found['prefix_sharing_optimal']:.1%}", "")
         self._out.print(table)
 

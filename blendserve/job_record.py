@@ -41,7 +41,7 @@ _PROMPT_FIELDS = (
     "limit",
     "max_model_len",
 )
-_NUMERIC_FIELDS = ("dtype", "load_format")
+_NUMERIC_FIELDS = ("dtype", "load_format", "deterministic")
 _FULL_BYTES = 1 << 20
 _PACKAGES = ("blendserve", "torch", "triton", "transformers", "duckdb", "pyarrow")
 

@@ -149,6 +149,12 @@ class JobSpec(SamplingSpec, EngineSpec):
         title="Hardware",
         description="What the plan's times are for: auto, cpu, a100-80gb, h100, h200, or a measured profile (.json).",
     )
+    device_hour_price: float | None = Field(
+        None,
+        gt=0.0,
+        title="Price of a device hour",
+        description="In any currency: the plan then says what each policy would cost.",
+    )
     force: bool = Field(
         False, title="Start over", description="Discard what the output folder holds of an earlier job."
     )

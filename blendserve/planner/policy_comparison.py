@@ -30,8 +30,8 @@ def compare_policies(
     """Simulate what is left to run of the job under each policy, every request as long as it is estimated to be.
 
     A GPU is taken to overlap compute and memory work, a CPU isn't. Returns `policies` (as `simulate` has them,
-    and `device_hours`: what is paid for, whether shards run side by side or not), `prefix_sharing_optimal` and
-    `bound_seconds`.
+    and `device_hours`: what is paid for, whether shards run side by side or not; with a price their `cost`),
+    `prefix_sharing_optimal` and `bound_seconds`.
     """
     hardware = plan_hardware(spec, model_folder)
     is_overlapped = hardware.name != "cpu"
@@ -53,5 +53,7 @@ def compare_policies(
             results = run_schedule(job, schedule, machine)
             device_hours = sum(result.seconds for result in results) / 3600
             runs[policy] = {**summarize_run(results), "device_hours": device_hours}
+            if spec.device_hour_price is not None:
+                runs[policy]["cost"] = device_hours * spec.device_hour_price
         bound = bound_seconds(job, costs)
     return {"policies": runs, "prefix_sharing_optimal": job.prefix_sharing, "bound_seconds": bound}

@@ -36,7 +36,7 @@ def draw_seconds(job: JobFiles) -> Chart:
         f"predicted and {format_seconds(real.sum())} real, {format_factor(ratio)} the prediction"
     )
     if has_resumed(job):
-        caption += "; a shard that was resumed counts the seconds of its last attempt only"
+        caption += "; a shard that was resumed may lack the last 30 seconds of an attempt that was killed"
     return Chart.drawn("seconds", _SECONDS, caption + ".", _pairs(runs, predicted, real, "seconds", ".3s"))
 
 

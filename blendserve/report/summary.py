@@ -85,7 +85,7 @@ def _status(job: JobFiles, counts: dict[str, int]) -> tuple[str, str]:
 
 def _figures(job: JobFiles) -> tuple[tuple[str, str], ...]:
     done = [run.done for run in job.runs if run.done is not None]
-    whole = [shard for shard in done if not shard.num_resumed]  # a resumed shard times its last attempt only
+    whole = [shard for shard in done if not shard.num_resumed]  # a resumed one may lack some seconds
     seconds = sum(shard.seconds for shard in whole)
     tokens = sum(shard.num_prompt_tokens + shard.num_completion_tokens for shard in whole)
     speed = divide(tokens, seconds)
@@ -125,7 +125,7 @@ def _model(name: str, folder: str) -> str:
 
 
 def has_resumed(job: JobFiles) -> bool:
-    """Whether a shard has rows from an earlier attempt: its seconds are those of the last attempt only."""
+    """Whether a shard has rows from an earlier attempt, of which the last seconds are lost when it was killed."""
     return any(run.done is not None and run.done.num_resumed > 0 for run in job.runs)
 
 
@@ -196,4 +196,4 @@ def _seconds(summary: dict[str, Any], job: JobFiles) -> str:
         return f"{text}; {len(done)} of {len(job.shards)} shards have run."
     real = sum(shard.seconds for shard in done)
     text += f" and took {format_seconds(real)}, {format_factor(divide(real, predicted))} the prediction"
-    return text + (" (counting only the last attempt of resumed shards)." if has_resumed(job) else ".")
+    return text + (" (without the last 30 seconds of attempts that were killed)." if has_resumed(job) else ".")

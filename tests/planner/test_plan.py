@@ -237,11 +237,13 @@ def test_policies_are_compared_before_anything_runs(tmp_path, hardware):
     prompts, hints = three_kinds(120)
     folder = write_job(tmp_path / "job", prompts, max_tokens=1000, hints=hints)
     analyze(folder, dedupe=True)
-    comparison = compare_policies(folder, make_spec(folder, hardware=hardware), write_model(tmp_path / "model"))
+    spec = make_spec(folder, hardware=hardware, device_hour_price=2.5)
+    comparison = compare_policies(folder, spec, write_model(tmp_path / "model"))
     assert list(comparison["policies"]) == POLICIES
     for figures in comparison["policies"].values():
         assert figures["seconds"] >= comparison["bound_seconds"] * 0.999
         assert figures["prefix_sharing"] <= comparison["prefix_sharing_optimal"] + 1e-9
+        assert figures["cost"] == pytest.approx(2.5 * figures["seconds"] / 3600)
     assert comparison["policies"]["blend"]["prefix_sharing"] >= 0.99 * comparison["prefix_sharing_optimal"]
 
 

@@ -193,8 +193,8 @@ def test_a_resumed_shard_is_left_out_of_the_speed(job) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace('"num_resumed": 0', '"num_resumed": 3'), encoding="utf-8")
     page = read_page(job.folder)
     assert "tokens/s, input + output 269" in page.text  # (22 * 100 + 22 * 10) / (4 + 5) seconds
-    assert "A shard that was resumed counts the engine time of its last attempt only" in page.text
-    assert "(counting only the last attempt of resumed shards)" in page.text
+    assert "A shard that was resumed may lack the last 30 seconds of an attempt that was killed" in page.text
+    assert "(without the last 30 seconds of attempts that were killed)" in page.text
 
 
 def test_a_summary_without_its_keys_and_an_incomplete_job(job) -> None:
