@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,6 +12,7 @@ from pathlib import Path
 from blendserve.engine_process import Progress, run_shard_process
 from blendserve.errors import UsageError
 from blendserve.manifest import ShardManifest
+from blendserve.nvidia_smi import query_gpus
 
 
 def visible_gpus() -> list[str]:
@@ -21,12 +20,7 @@ def visible_gpus() -> list[str]:
     stated = os.environ.get("CUDA_VISIBLE_DEVICES")
     if stated is not None:
         return [name.strip() for name in stated.split(",") if name.strip() not in ("", "-1")]
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return []
-    query = [command, "--query-gpu=index", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)  # noqa: S603 - fixed words
-    return answer.stdout.split() if answer.returncode == 0 else []
+    return query_gpus("index")
 
 
 def check_gpus(gpus: int) -> None:

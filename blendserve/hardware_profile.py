@@ -7,12 +7,14 @@ and imports neither torch nor DuckDB.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blendserve.errors import UsageError
 from blendserve.manifest import write_manifest
+
+PROFILES: Final = Path("~/.cache/blendserve/profiles")  # where the profiler writes and the planner looks
 
 DecodeKernel = Literal["paged", "shared_prefix"]
 

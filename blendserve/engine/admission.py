@@ -6,7 +6,7 @@ import numpy as np
 
 from blendserve.dual_scanner import Front
 from blendserve.engine.request import Request
-from blendserve.engine.running import RunningRequests
+from blendserve.engine.running import IntArray, RunningRequests
 
 
 class MemoryForecast:
@@ -42,24 +42,28 @@ class MemoryForecast:
     def fits(self, request: Request, num_cached_tokens: int, num_revived_tokens: int) -> bool:
         """Whether `request` fits too. num_cached_tokens: of its prompt, in the cache; num_revived_tokens: of those, the
         ones that no running request holds, so that they can't be evicted any more."""
-        new_tokens = request.num_tokens - num_cached_tokens
-        new_remaining = request.remaining_output_tokens
-        own = np.insert(self._own_tokens, self._place(new_remaining), new_tokens)
-        remaining = np.insert(self._remaining_tokens, self._place(new_remaining), new_remaining)
+        base, own, remaining = self._beside(request, num_cached_tokens, num_revived_tokens)
         freed_before = np.cumsum(own) - own
         num_unfinished = np.arange(len(own), 0, -1)
-        base = self._base_tokens + new_tokens + num_revived_tokens
         peak = int((base - freed_before + num_unfinished * (remaining + self._unfilled_tokens)).max())
         return peak <= self._capacity_tokens
 
     def add(self, request: Request, num_cached_tokens: int, num_revived_tokens: int) -> None:
         """Count `request` as running."""
-        new_tokens, new_remaining = request.num_tokens - num_cached_tokens, request.remaining_output_tokens
-        self.footprint_tokens[request.front] += new_tokens + new_remaining / 2
-        self._base_tokens += new_tokens + num_revived_tokens
-        place = self._place(new_remaining)
-        self._own_tokens = np.insert(self._own_tokens, place, new_tokens)
-        self._remaining_tokens = np.insert(self._remaining_tokens, place, new_remaining)
+        new_tokens = request.num_tokens - num_cached_tokens
+        self.footprint_tokens[request.front] += new_tokens + request.remaining_output_tokens / 2
+        self._base_tokens, self._own_tokens, self._remaining_tokens = self._beside(
+            request, num_cached_tokens, num_revived_tokens
+        )
 
-    def _place(self, remaining: int) -> int:
-        return int(np.searchsorted(self._remaining_tokens, remaining))
+    def _beside(
+        self, request: Request, num_cached_tokens: int, num_revived_tokens: int
+    ) -> tuple[int, IntArray, IntArray]:
+        """Base, own and remaining tokens with `request` among the others, at its place."""
+        new_tokens, remaining = request.num_tokens - num_cached_tokens, request.remaining_output_tokens
+        place = int(np.searchsorted(self._remaining_tokens, remaining))
+        return (
+            self._base_tokens + new_tokens + num_revived_tokens,
+            np.insert(self._own_tokens, place, new_tokens),
+            np.insert(self._remaining_tokens, place, remaining),
+        )

@@ -86,10 +86,6 @@ class CapturedPasses:
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._seen: set[StepShape] = set()
 
-    @property
-    def num_captured(self) -> int:
-        return len(self._graphs)
-
     def run(self, shape: StepShape, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The output of `forward`, launched or replayed. It must do the same for a shape each time, with no sync."""
         if shape not in self._graphs:

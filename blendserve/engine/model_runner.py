@@ -129,7 +129,8 @@ class ModelRunner:
         sampled, rows, seeds, positions, index_there, blocks_there, *copies_there = parts
         if len(index):
             self._tables.device.view(-1)[index_there] = blocks_there.int()
-        copy_blocks(self._blocks.flatten(0, 1), *copies_there)
+        if len(copies):
+            copy_blocks(self._blocks.flatten(0, 1), *copies_there)
         hidden = self._hidden(batch, shape, self._words[buffer], sampled)
         if num_sampled == 0:
             return LaunchedStep(torch.zeros(2, 0, dtype=torch.int64), began, self._mark())

@@ -26,10 +26,9 @@ from blendserve.engine.overlap import OverlapPolicy
 from blendserve.engine.request import Request
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
 from blendserve.errors import BlendServeError
-from blendserve.hardware_profile import AffineFit, HardwareProfile, ProfiledModel, write_profile
+from blendserve.hardware_profile import PROFILES, AffineFit, HardwareProfile, ProfiledModel, write_profile
 from blendserve.spec import EngineSpec, SamplingSpec
 
-PROFILES = Path("~/.cache/blendserve/profiles")
 # Steps before the one that counts: they compile kernels and capture the shape.
 _WARM_UPS = 3
 _REPETITIONS = 3

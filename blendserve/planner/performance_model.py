@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from blendserve.errors import ModelError, UsageError
-from blendserve.hardware_profile import HardwareProfile, load_profile
+from blendserve.hardware_profile import PROFILES, HardwareProfile, load_profile
+from blendserve.nvidia_smi import query_gpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +109,6 @@ BUILT_IN_HARDWARE: Final = {
 }
 
 _ASSUMED_GPU: Final = "a100-80gb"  # for the figures of a GPU that isn't known
-PROFILES: Final = Path("~/.cache/blendserve/profiles")
 
 
 def cost_constants(model: ModelShape, hardware: Hardware) -> CostConstants:
@@ -247,13 +245,5 @@ def _built_in_name(gpu: str) -> str | None:
 
 def visible_gpu() -> str | None:
     """The first GPU as nvidia-smi names it, or None."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return None
-    query = [command, "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)  # noqa: S603 - fixed words
-    except (OSError, subprocess.SubprocessError):
-        return None  # nvidia-smi without a driver: no GPU to plan for
-    names = answer.stdout.strip().splitlines()
-    return names[0].strip() if names else None
+    names = query_gpus("name")
+    return names[0] if names else None

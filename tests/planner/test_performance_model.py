@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from blendserve import nvidia_smi
 from blendserve.errors import ModelError, UsageError
-from blendserve.planner import performance_model
 from blendserve.planner.performance_model import (
     BUILT_IN_HARDWARE,
     BUILT_IN_MODELS,
@@ -86,9 +86,9 @@ def test_unknown_hardware_is_refused(name):
 
 
 def test_auto_is_the_cpu_where_no_gpu_is(monkeypatch):
-    monkeypatch.setattr(performance_model.shutil, "which", lambda name: None)
+    monkeypatch.setattr(nvidia_smi.shutil, "which", lambda name: None)
     assert load_hardware("auto").name == "cpu"
-    monkeypatch.setattr(performance_model.shutil, "which", lambda name: "/bin/false")
+    monkeypatch.setattr(nvidia_smi.shutil, "which", lambda name: "/bin/false")
     assert load_hardware("auto").name == "cpu"
     assert load_hardware("auto", device="cpu").name == "cpu"
 
@@ -101,7 +101,7 @@ def test_auto_is_the_gpu_that_is_visible(monkeypatch, tmp_path, gpu, name):
     command = tmp_path / "nvidia-smi"
     command.write_text(f"#!/bin/sh\necho '{gpu}'\n")
     command.chmod(0o755)
-    monkeypatch.setattr(performance_model.shutil, "which", lambda _: str(command))
+    monkeypatch.setattr(nvidia_smi.shutil, "which", lambda _: str(command))
     assert load_hardware("auto").name == name
 
 
