@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blendserve_kernels.linear_silu_and_multiply import interleave_gate_up, linear_silu_and_multiply
-from blendserve_kernels.triton_kernels.linear_silu_and_multiply import (
-    linear_silu_and_multiply_triton,
-    silu_and_multiply_chunks_triton,
-)
+from blendserve_kernels.linear_silu_and_multiply import CHUNK, interleave_gate_up, linear_silu_and_multiply
+from blendserve_kernels.triton_kernels.linear_silu_and_multiply import linear_silu_and_multiply_triton
+from blendserve_kernels.triton_kernels.silu_and_multiply import silu_and_multiply_triton
 from tests.kernels.paged_requests import HALF_DTYPES
 
 # The larger ones run fused on Hopper.
@@ -50,7 +48,7 @@ def test_silu_and_multiply_of_chunks_of_a_wide_row(device: torch.device) -> None
     gate, up = torch.randn(3, 4104, device=device), torch.randn(3, 4104, device=device)
     chunks = torch.stack([gate.view(3, -1, 8), up.view(3, -1, 8)], dim=2).reshape(3, -1)
     expected = torch.nn.functional.silu(gate) * up
-    torch.testing.assert_close(silu_and_multiply_chunks_triton(chunks), expected)
+    torch.testing.assert_close(silu_and_multiply_triton(chunks, CHUNK), expected)
 
 
 def test_interleaved_weights_that_do_not_fit_are_refused() -> None:
