@@ -271,7 +271,7 @@ class _Kernel:
         return self.function(*arguments)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+        def launch(*arguments: Any, num_warps: int, launch_pdl: bool = False, **constants: Any) -> None:
             passed = [_passed(argument) for argument in arguments]
             for program in range(grid[0]):
                 _run.program, _run.num_programs = program, grid[0]
@@ -398,6 +398,7 @@ def emulated(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "triton.experimental.gluon.language": gluon.language,
         "triton.experimental.gluon.language.nvidia.hopper": hopper,
         "triton.experimental.gluon.nvidia.hopper": SimpleNamespace(TensorDescriptor=TensorDescriptor),
+        "triton.language.extra.cuda": SimpleNamespace(gdc_wait=lambda: None, gdc_launch_dependents=lambda: None),
     }
     for module, fake in fakes.items():
         monkeypatch.setitem(sys.modules, module, fake)

@@ -9,6 +9,7 @@ from blendserve_kernels import reference
 from blendserve_kernels.decode_attention import decode_attention
 from blendserve_kernels.shared_prefix_attention import shared_prefix_decode_attention
 from blendserve_kernels.triton_kernels.decode_attention import (
+    LaunchShape,
     choose_decode_shape,
     choose_launch_shape,
     decode_attention_triton,
@@ -93,6 +94,31 @@ def test_decode_attention_of_one_long_request(use_tma: bool, device: torch.devic
     check_decode_attention(
         [700], num_kv_heads=1, block_size=64, num_programs=9, num_launches=2, use_tma=use_tma, device=device
     )
+
+
+@pytest.mark.parametrize(
+    ("context_lens", "num_programs", "num_parts"),
+    [
+        ([128] * 16, 17, 32),  # 64 tiles, 2 an item: 32 parts of one item rather than 34 of 1 or 2 tiles
+        ([128] * 15 + [100], 17, 32),  # as many tiles
+        ([128] * 15 + [10], 17, 34),
+        ([128] * 16, 25, 50),
+        ([0], 4, 2),
+    ],
+)
+def test_parts_of_items_of_one_length_hold_whole_ones(
+    context_lens: list[int], num_programs: int, num_parts: int, device: torch.device
+) -> None:
+    lens = torch.tensor(context_lens, dtype=torch.int32, device=device)
+    cache, table = torch.zeros(3, 2, 64, 64, device=device), torch.zeros(16, 2, dtype=torch.int32, device=device)
+    shape = LaunchShape(True, 64, 0, 4, num_programs, is_for_hopper=True)
+    plan = plan_decode_triton(cache, table, lens, 8, shape=shape)
+    total = 2 * sum(max(1, -(-length // 64)) for length in context_lens)
+    assert plan.list_length.tolist() == [total // 2, num_parts]
+    begins, ends = plan.parts[:num_parts, 0].tolist(), plan.parts[:num_parts, 1].tolist()
+    assert begins == [0, *ends[:-1]]
+    assert ends[-1] == total
+    assert torch.all(plan.parts[num_parts:, 0] == plan.parts[num_parts:, 1])
 
 
 def test_decode_attention_of_empty_contexts(device: torch.device) -> None:

@@ -9,11 +9,13 @@ from blendserve_kernels import reference
 from blendserve_kernels.linear_silu_and_multiply import interleave_gate_up
 from blendserve_kernels.triton_kernels.decode_attention import (
     PLAIN_PART,
+    SUFFIX_PART,
     LaunchShape,
     make_plan,
     rows_of_group,
 )
 from blendserve_kernels.triton_kernels.prefill_attention import plan_prefill_triton
+from blendserve_kernels.triton_kernels.shared_prefix_attention import plan_splits
 from tests.kernels.gluon_emulation import emulated
 from tests.kernels.paged_requests import make_paged_requests
 
@@ -22,17 +24,24 @@ HALF = torch.float16
 
 
 @pytest.mark.parametrize(
-    ("context_lens", "group_size", "head_dim", "num_programs"),
+    ("context_lens", "group_size", "head_dim", "num_programs", "box"),
     [
-        ([1, 63, 0, 130, 16], 4, 64, 2),
-        ([64, 17, 65], 7, 128, 1),
-        ([700], 1, 64, 3),
-        ([300, 5, 128], 8, 64, 66),
-        ([0, 0], 4, 64, 5),
+        ([1, 63, 0, 130, 16], 4, 64, 2, 16),
+        ([1, 63, 0, 130, 16], 4, 64, 2, 8),
+        ([64, 17, 65], 7, 128, 1, 32),
+        ([700], 1, 64, 3, 64),
+        ([300, 5, 128], 8, 64, 66, 16),
+        ([0, 0], 4, 64, 5, 16),
+        ([128] * 16, 1, 64, 17, 16),
     ],
 )
 def test_decode_attention(
-    context_lens: list[int], group_size: int, head_dim: int, num_programs: int, monkeypatch: pytest.MonkeyPatch
+    context_lens: list[int],
+    group_size: int,
+    head_dim: int,
+    num_programs: int,
+    box: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     requests = make_paged_requests(
         context_lens, num_kv_heads=2, head_dim=head_dim, block_size=64, dtype=HALF, device=CPU
@@ -43,9 +52,12 @@ def test_decode_attention(
     plan = make_plan(cache[0], table, lens, group_size, part=PLAIN_PART, rows=rows_of_group(group_size), shape=shape)
     expected = reference.decode_attention(q.float(), *(x.float() for x in cache), table, lens, 0.125)
     kernel = emulated("decode_attention", monkeypatch)
+    kernel.BOX = box
     for _ in range(2):  # the second launch finds the counters as the first one left them
         out = torch.full_like(q, torch.nan)
-        kernel.launch(q, *cache, 0.125, plan.list_length, plan.tile_list, plan.counters, out, None, num_programs)
+        kernel.launch(
+            q, *cache, 0.125, plan.list_length, plan.tile_list, plan.parts, plan.counters, out, None, num_programs
+        )
         torch.testing.assert_close(out.float(), expected, atol=4e-3, rtol=1e-2)
 
 
@@ -108,3 +120,30 @@ def test_linear(num_tokens: int, num_in: int, num_out: int, monkeypatch: pytest.
         if is_fused:
             expected = reference.linear_silu_and_multiply(x.float(), weight.float())
         torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=1e-2)
+
+
+def test_shared_prefix_in_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A group larger than a query block over 10 tiles, one of two requests over 3, requests without any.
+    prefixes = [1280] * 34 + [0] + [384] * 2
+    context_lens = [prefix + 1 + 9 * n % 130 for n, prefix in enumerate(prefixes)]
+    cache_of = {"num_kv_heads": 1, "head_dim": 64, "block_size": 128, "dtype": HALF, "device": CPU}
+    requests = make_paged_requests(context_lens, num_shared_tokens=1280, **cache_of)
+    table, lens, cache = requests.block_table, requests.context_lens, (requests.k_cache, requests.v_cache)
+    table[36, :3] = table[35, :3]
+    prefix_lens = torch.tensor(prefixes, dtype=torch.int32)
+    starts, sizes = torch.tensor([[0, 35, 0], [34, 2, 0]], dtype=torch.int32)
+    q = torch.randn(37, 4, 64).to(HALF)
+    prefix = plan_splits(prefix_lens, starts, sizes, num_heads=4, num_kv_heads=1, num_programs=24)
+    shape = LaunchShape(True, 64, 0, 4, 2, is_for_hopper=True)
+    suffix = make_plan(cache[0], table, lens, 4, part=SUFFIX_PART, rows=16, shape=shape, prefix_lens=prefix_lens)
+    out, prefix_out = torch.full_like(q, torch.nan), torch.full((8, *q.shape), torch.nan)
+    emulated("prefill_attention", monkeypatch).launch(
+        q, *cache, table, 0.125, prefix.pack, prefix.list_length, prefix.block_list, prefix_out, 3, prefix.lse
+    )
+    emulated("decode_attention", monkeypatch).launch(
+        *(q, *cache, 0.125, suffix.list_length, suffix.tile_list, suffix.parts, suffix.counters, out),
+        (prefix_out, prefix.lse),
+        2,
+    )
+    expected = reference.decode_attention(q.float(), *(x.float() for x in cache), table, lens, 0.125)
+    torch.testing.assert_close(out.float(), expected, atol=4e-3, rtol=1e-2)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from blendserve_kernels import reference
-from blendserve_kernels.shared_prefix_attention import shared_prefix_decode_attention
-from blendserve_kernels.triton_kernels.shared_prefix_attention import shared_prefix_decode_attention_triton
+from blendserve_kernels.shared_prefix_attention import plan_shared_prefix, shared_prefix_decode_attention
+from blendserve_kernels.triton_kernels.shared_prefix_attention import (
+    plan_splits,
+    shared_prefix_decode_attention_triton,
+)
 from tests.kernels.paged_requests import ATTENTION_TOLERANCE, HALF_DTYPES, make_paged_requests
 
 
@@ -64,3 +69,47 @@ def test_shared_prefix_decode_attention_without_groups_is_plain_decode(device: t
     expected = reference.decode_attention(q, requests.k_cache, requests.v_cache, table, lens, 0.125)
     for launch in (shared_prefix_decode_attention_triton, shared_prefix_decode_attention):
         torch.testing.assert_close(launch(*arguments), expected, atol=2e-5, rtol=0)
+
+
+def test_split_plan_lists_every_block_of_every_group(device: torch.device) -> None:
+    # Two groups over prefixes of 10 and 3 tiles, one of them larger than a query block, a padding group between. Three
+    # blocks for each of two KV heads: 48 programs take eight splits of all of them, 13 take two.
+    prefix_lens = torch.tensor([1280] * 40 + [0] + [384] * 5, dtype=torch.int32, device=device)
+    starts, sizes = (torch.tensor(n, dtype=torch.int32, device=device) for n in ([0, 0, 41], [40, 0, 5]))
+    any_position = 1 << 30
+    for num_programs, num_splits in ((48, 8), (13, 2), (1, 1)):
+        plan = plan_splits(prefix_lens, starts, sizes, num_heads=8, num_kv_heads=2, num_programs=num_programs)
+        expected = []
+        for first, rows, start, num_tiles in ((0, 32, 0, 10), (32, 8, 0, 10), (41, 5, 41, 3)):
+            count = min(num_splits, num_tiles)
+            bounds = [num_tiles * split // count for split in range(count + 1)]
+            expected += [
+                [first, rows, any_position, end - begin, start, any_position, begin, split]
+                for split, (begin, end) in enumerate(itertools.pairwise(bounds))
+            ]
+        assert plan.pack == 4
+        assert plan.block_list[: int(plan.list_length)].tolist() == expected
+        assert plan.lse.shape == (8, 46, 8)
+        assert torch.all(plan.lse == -torch.inf)
+
+
+def test_shared_prefix_decode_attention_of_a_group_larger_than_a_query_block(device: torch.device) -> None:
+    context_lens = [200, *[256 + 1 + n for n in range(35)], 128]
+    requests = make_paged_requests(
+        context_lens,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=128,
+        dtype=HALF_DTYPES[-1],
+        device=device,
+        num_shared_tokens=256,
+    )
+    prefix_lens = torch.tensor([0, *[256] * 35, 0], dtype=torch.int32, device=device)
+    starts, sizes = (torch.tensor(n, dtype=torch.int32, device=device) for n in ([1, 0], [35, 0]))
+    q = torch.randn(37, 8, 64, device=device).to(HALF_DTYPES[-1])
+    arguments = (q, requests.k_cache, requests.v_cache, requests.block_table, requests.context_lens)
+    plan = plan_shared_prefix(requests.k_cache, *arguments[3:], prefix_lens, starts, sizes, 8)
+    expected = reference.decode_attention(*(x.float() for x in arguments[:3]), *arguments[3:], 0.125)
+    for _ in range(2):  # layers share the plan
+        out = shared_prefix_decode_attention_triton(*arguments, prefix_lens, starts, sizes, 0.125, plan=plan)
+        torch.testing.assert_close(out.float(), expected, atol=ATTENTION_TOLERANCE[q.dtype], rtol=1e-2)

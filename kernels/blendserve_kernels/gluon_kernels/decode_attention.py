@@ -1,13 +1,14 @@
-"""Decode attention for Hopper: one warp copies, two warp groups compute, each on a part of the work of its own.
+"""Decode attention for Hopper: a program holds two parts of the work, each with a warp that copies and a warp group.
 
-The plan, the parts and the merging of cut items are those of `triton_kernels.decode_attention`; here a program holds
-two parts, so that one warp group's softmax hides behind the other's products. The scores are computed transposed: keys
-are the rows of the warp group's instruction, read straight from shared memory, and the queries of a KV head its 8 or 16
-columns. Of a tile at the end of a context only the boxes of keys that are valid are copied.
+The plan, the parts and the merging of cut items are those of `triton_kernels.decode_attention`. Two parts, so that one
+warp group's softmax hides behind the other's products; a warp for each, so that a part that merges does not hold up the
+other one's copies. The scores are computed transposed: keys are the rows of the warp group's instruction, read straight
+from shared memory, and the queries of a KV head its 8 or 16 columns. Of a tile at the end of a context only the boxes
+of keys that are valid are copied.
 """
 
 # Kernel parameters are typed by Gluon, constexprs are capitals by its custom.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment,index"
 # ruff: noqa: N803, N806
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from blendserve_kernels.gluon_kernels.alignment import aligned
 
 TILE = 64  # keys a tile
-BOX = 16  # keys a copy
-_FEW_PROGRAMS = 64  # so few fill the memory's queue only with a third tile in flight, more overfill it
+BOX = 16  # keys a copy, where a tile holds fewer than TILE
+STAGES_OF_FEW, STAGES_OF_MANY = 3, 2  # tiles in flight a part: few programs fill the memory's queue only with a third
+_FEW_PROGRAMS = 64  # up to so many are few
+# Programmatic dependent launch: begin while the kernel before ends, and let the next one do so.
+BEGIN_EARLY = False  # plain decode: set up, then wait
+BEGIN_DURING_PREFIX = True  # suffixes: wait for the prefix part only where its result is merged
 _PANEL = 64  # columns of a copy: 128 bytes, as wide as shared memory is swizzled
 
 _FLAG_FIRST = gl.constexpr(1 << 9)
@@ -60,14 +66,6 @@ def _part_of(index, total_tiles, num_parts):
 
 
 @gluon.jit
-def _tail_of(part_begin, part_end, list_length, list_ptr):
-    """Return where a part's last item begins, within the part."""
-    last = gl.maximum(part_end - 1, 0)
-    first_of_head = last // list_length * list_length
-    return gl.maximum(first_of_head + gl.load(list_ptr + (last - first_of_head) * 8 + 3), part_begin)
-
-
-@gluon.jit
 def _index_at(step, part_begin, part_end, tail):
     """Return the tile of a step: a part begins with its last item, then takes the others in order.
 
@@ -78,77 +76,35 @@ def _index_at(step, part_begin, part_end, tail):
 
 
 @gluon.jit
-def _copy_tile(
-    stream: gl.constexpr,
-    step,
-    index,
-    place,
-    first_row,
-    num_valid,
-    list_length,
-    q_desc,
-    k_desc,
-    v_desc,
-    q_boxes,
-    k_boxes,
-    v_boxes,
-    k_full,
-    v_full,
-    empty,
-    num_heads,
-    GROUP_SIZE: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
-    TILE: gl.constexpr,
-    BOX: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr,
+def _copy_boxes(
+    desc, cache_row, num_boxes, barrier, boxes, slot, PANELS: gl.constexpr, BOXES: gl.constexpr, BOX: gl.constexpr
 ):
-    """Copy queries, keys and values of one tile into the next slot of a stream, as soon as that is free."""
-    PANELS: gl.constexpr = HEAD_DIM // 64
-    BOXES: gl.constexpr = TILE // BOX
-    ELEMENT_BYTES: gl.constexpr = k_desc.dtype.primitive_bitwidth // 8
-    slot = stream * STAGES + step % STAGES
-    kv_head = index // list_length
-    cache_row = place + kv_head * BLOCK_SIZE
-    q_row = first_row // GROUP_SIZE * num_heads + kv_head * GROUP_SIZE
-    mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
-    k_barrier = k_full.index(slot)
-    v_barrier = v_full.index(slot)
-    # The first box is copied in any case: an empty context has a tile, too.
-    mbarrier.expect(k_barrier, (BOX + COLUMNS) * HEAD_DIM * ELEMENT_BYTES)
-    for panel in gl.static_range(PANELS):
-        tma.async_copy_global_to_shared(q_desc, [q_row, panel * 64], k_barrier, q_boxes.index(slot * PANELS + panel))
+    """Copy the first boxes of keys of a tile; the barrier expects their bytes already."""
     for box in gl.static_range(BOXES):
-        is_wanted = (num_valid > box * BOX) | (box == 0)
-        if box > 0:
-            mbarrier.expect(k_barrier, BOX * HEAD_DIM * ELEMENT_BYTES, pred=is_wanted)
-            mbarrier.arrive(k_barrier, count=1, pred=is_wanted == 0)
         for panel in gl.static_range(PANELS):
-            target = (slot * PANELS + panel) * BOXES + box
             tma.async_copy_global_to_shared(
-                k_desc, [cache_row + box * BOX, panel * 64], k_barrier, k_boxes.index(target), pred=is_wanted
-            )
-    for box in gl.static_range(BOXES):
-        is_wanted = (num_valid > box * BOX) | (box == 0)
-        mbarrier.expect(v_barrier, BOX * HEAD_DIM * ELEMENT_BYTES, pred=is_wanted)
-        if box > 0:
-            mbarrier.arrive(v_barrier, count=1, pred=is_wanted == 0)
-        for panel in gl.static_range(PANELS):
-            target = (slot * PANELS + panel) * BOXES + box
-            tma.async_copy_global_to_shared(
-                v_desc, [cache_row + box * BOX, panel * 64], v_barrier, v_boxes.index(target), pred=is_wanted
+                desc,
+                [cache_row + box * BOX, panel * 64],
+                barrier,
+                boxes.index((slot * PANELS + panel) * BOXES + box),
+                pred=num_boxes > box,
             )
 
 
 @gluon.jit
-def _copy_parts(
+def _copy_part(
+    stream: gl.constexpr,
     list_length_ptr,
     list_ptr,
+    parts_ptr,
     q_desc,
     k_desc,
     v_desc,
-    q_boxes,
+    k_box_desc,
+    v_box_desc,
+    q_tiles,
+    k_tiles,
+    v_tiles,
     k_boxes,
     v_boxes,
     k_full,
@@ -162,87 +118,48 @@ def _copy_parts(
     BOX: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
+    BEGINS_EARLY: gl.constexpr,
 ):
-    """Copy the tiles of both parts of the program, in turn; the list is read one tile ahead."""
+    """Copy queries, keys and values of one part's tiles, each as soon as a slot is free; the list is read ahead."""
+    PANELS: gl.constexpr = HEAD_DIM // 64
+    BOXES: gl.constexpr = TILE // BOX
+    ROW_BYTES: gl.constexpr = HEAD_DIM * (k_desc.dtype.primitive_bitwidth // 8)
+    if BEGINS_EARLY:
+        gdc_wait()  # from here on what came before is done, so what comes next may begin
+        gdc_launch_dependents()
     list_length = gl.load(list_length_ptr)
-    total_tiles = list_length * num_kv_heads
-    num_parts = gl.minimum(2 * gl.num_programs(0), total_tiles)
-    part = 2 * gl.program_id(0)
-    begin_0 = _part_begin(gl.minimum(part, num_parts), total_tiles, num_parts)
-    begin_1 = _part_begin(gl.minimum(part + 1, num_parts), total_tiles, num_parts)
-    end_1 = _part_begin(gl.minimum(part + 2, num_parts), total_tiles, num_parts)
+    words = parts_ptr + (2 * gl.program_id(0) + stream) * 8
+    part_begin, part_end, index = gl.load(words), gl.load(words + 1), gl.load(words + 2)
+    place, first_row, flags = gl.load(words + 3), gl.load(words + 4), gl.load(words + 5)
+    tail = index
     num_heads = num_kv_heads * GROUP_SIZE
-    num_steps = begin_1 - begin_0  # the first of the two is never the shorter one
-    tail_0 = _tail_of(begin_0, begin_1, list_length, list_ptr)
-    tail_1 = _tail_of(begin_1, end_1, list_length, list_ptr)
-    index_0, index_1 = tail_0, gl.minimum(tail_1, total_tiles - 1)
-    words_0 = list_ptr + index_0 % list_length * 8
-    words_1 = list_ptr + index_1 % list_length * 8
-    place_0, row_0, flags_0 = gl.load(words_0), gl.load(words_0 + 1), gl.load(words_0 + 2)
-    place_1, row_1, flags_1 = gl.load(words_1), gl.load(words_1 + 1), gl.load(words_1 + 2)
-    for step in range(num_steps):
-        next_index_0 = _index_at(step + 1, begin_0, begin_1, tail_0)
-        next_index_1 = gl.minimum(_index_at(step + 1, begin_1, end_1, tail_1), total_tiles - 1)
-        words_0 = list_ptr + next_index_0 % list_length * 8
-        words_1 = list_ptr + next_index_1 % list_length * 8
-        next_place_0, next_row_0, next_flags_0 = gl.load(words_0), gl.load(words_0 + 1), gl.load(words_0 + 2)
-        next_place_1, next_row_1, next_flags_1 = gl.load(words_1), gl.load(words_1 + 1), gl.load(words_1 + 2)
-        _copy_tile(
-            0,
-            step,
-            index_0,
-            place_0,
-            row_0,
-            flags_0 & (_FLAG_FIRST - 1),
-            list_length,
-            q_desc,
-            k_desc,
-            v_desc,
-            q_boxes,
-            k_boxes,
-            v_boxes,
-            k_full,
-            v_full,
-            empty,
-            num_heads,
-            GROUP_SIZE,
-            HEAD_DIM,
-            BLOCK_SIZE,
-            TILE,
-            BOX,
-            COLUMNS,
-            STAGES,
-        )
-        if step < end_1 - begin_1:
-            _copy_tile(
-                1,
-                step,
-                index_1,
-                place_1,
-                row_1,
-                flags_1 & (_FLAG_FIRST - 1),
-                list_length,
-                q_desc,
-                k_desc,
-                v_desc,
-                q_boxes,
-                k_boxes,
-                v_boxes,
-                k_full,
-                v_full,
-                empty,
-                num_heads,
-                GROUP_SIZE,
-                HEAD_DIM,
-                BLOCK_SIZE,
-                TILE,
-                BOX,
-                COLUMNS,
-                STAGES,
-            )
-        index_0, index_1 = next_index_0, next_index_1
-        place_0, row_0, flags_0 = next_place_0, next_row_0, next_flags_0
-        place_1, row_1, flags_1 = next_place_1, next_row_1, next_flags_1
+    for step in range(part_end - part_begin):
+        next_index = _index_at(step + 1, part_begin, part_end, tail)
+        words = list_ptr + next_index % list_length * 8
+        next_place, next_row, next_flags = gl.load(words), gl.load(words + 1), gl.load(words + 2)
+        num_valid = flags & (_FLAG_FIRST - 1)
+        kv_head = index // list_length
+        cache_row = place + kv_head * BLOCK_SIZE
+        q_row = first_row // GROUP_SIZE * num_heads + kv_head * GROUP_SIZE
+        slot = stream * STAGES + step % STAGES
+        k_barrier, v_barrier = k_full.index(slot), v_full.index(slot)
+        mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
+        if num_valid == TILE:
+            mbarrier.expect(k_barrier, (TILE + COLUMNS) * ROW_BYTES)
+            tma.async_copy_global_to_shared(q_desc, [q_row, 0], k_barrier, q_tiles.index(slot))
+            tma.async_copy_global_to_shared(k_desc, [cache_row, 0], k_barrier, k_tiles.index(slot))
+            mbarrier.expect(v_barrier, TILE * ROW_BYTES)
+            tma.async_copy_global_to_shared(v_desc, [cache_row, 0], v_barrier, v_tiles.index(slot))
+        else:
+            num_boxes = gl.maximum((num_valid + BOX - 1) // BOX, 1)  # an empty context has a tile, too
+            for box in gl.static_range(BOXES):
+                is_number = num_boxes == box + 1
+                mbarrier.expect(k_barrier, ((box + 1) * BOX + COLUMNS) * ROW_BYTES, pred=is_number)
+                mbarrier.expect(v_barrier, (box + 1) * BOX * ROW_BYTES, pred=is_number)
+            tma.async_copy_global_to_shared(q_desc, [q_row, 0], k_barrier, q_tiles.index(slot))
+            _copy_boxes(k_box_desc, cache_row, num_boxes, k_barrier, k_boxes, slot, PANELS, BOXES, BOX)
+            _copy_boxes(v_box_desc, cache_row, num_boxes, v_barrier, v_boxes, slot, PANELS, BOXES, BOX)
+        index, place, first_row, flags = next_index, next_place, next_row, next_flags
 
 
 @gluon.jit
@@ -258,7 +175,8 @@ def _store_result(
     out_ptr,
     prefix_out_ptr,
     prefix_lse_ptr,
-    IS_SUFFIX: gl.constexpr,
+    split_stride,
+    NUM_SPLITS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -271,16 +189,24 @@ def _store_result(
     is_row = number < num_rows
     index = (row // GROUP_SIZE).to(gl.int64) * num_heads + kv_head * GROUP_SIZE + row % GROUP_SIZE
     offsets = index[:, None] * HEAD_DIM + dims[None, :]
-    if IS_SUFFIX:
-        is_merged = is_row & has_prefix
-        prefix_lse = gl.load(prefix_lse_ptr + index, mask=is_merged, other=float("-inf"))
-        prefix_out = gl.load(prefix_out_ptr + offsets, mask=is_merged[:, None], other=0.0)
+    is_merged = is_row & has_prefix
+    prefix_lses = ()
+    for split in gl.static_range(NUM_SPLITS):  # all of them are asked for before the first is needed
+        lse_ptrs = prefix_lse_ptr + split * split_stride + index
+        prefix_lse = gl.load(lse_ptrs, mask=is_merged, other=float("-inf"))
+        prefix_lses = prefix_lses + (prefix_lse,)  # noqa: RUF005 (Triton knows no other way)
+    for split in gl.static_range(NUM_SPLITS):
+        prefix_lse = prefix_lses[split]
+        is_read = prefix_lse > float("-inf")  # a short prefix has fewer splits
+        prefix_offsets = offsets + split * split_stride * HEAD_DIM
+        prefix_out = gl.load(prefix_out_ptr + prefix_offsets, mask=is_read[:, None], other=0.0)
         new_max = gl.maximum(row_max, prefix_lse)
         safe_max = gl.where(new_max == float("-inf"), 0.0, new_max)
         own_weight = gl.exp2(row_max - safe_max)
         prefix_weight = gl.exp2(prefix_lse - safe_max)
         out = out * own_weight[:, None] + prefix_out * prefix_weight[:, None]
         row_sum = row_sum * own_weight + prefix_weight
+        row_max = new_max
     safe_sum = gl.where(row_sum == 0.0, 1.0, row_sum)
     out = out / safe_sum[:, None]
     gl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
@@ -346,6 +272,7 @@ def _attend_to_part(
     stream: gl.constexpr,
     list_length_ptr,
     list_ptr,
+    parts_ptr,
     out_ptr,
     prefix_out_ptr,
     prefix_lse_ptr,
@@ -360,29 +287,34 @@ def _attend_to_part(
     v_full,
     empty,
     num_kv_heads,
+    split_stride,
     scale_log2e,
-    IS_SUFFIX: gl.constexpr,
+    NUM_SPLITS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     TILE: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
+    BEGINS_EARLY: gl.constexpr,
+    WAITS_FOR_PREFIX: gl.constexpr,
 ):
     """Work through one part: the softmax over its tiles, the results of its items, and the items that are cut."""
+    if BEGINS_EARLY:
+        gdc_wait()
     # 1. Which part is it?
     list_length = gl.load(list_length_ptr)
-    total_tiles = list_length * num_kv_heads
-    num_parts = gl.minimum(2 * gl.num_programs(0), total_tiles)
+    num_parts = gl.load(list_length_ptr + 1)
     part = 2 * gl.program_id(0) + stream
+    words = parts_ptr + part * 8
+    part_begin, part_end, index = gl.load(words), gl.load(words + 1), gl.load(words + 2)
+    first_row, flags, item_entry = gl.load(words + 4), gl.load(words + 5), gl.load(words + 6)
+    total_tiles = list_length * num_kv_heads
     num_heads = num_kv_heads * GROUP_SIZE
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     COLUMN_LAYOUT: gl.constexpr = gl.SliceLayout(0, MMA)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, ROWS)
     if part < num_parts:
-        part_begin = _part_begin(part, total_tiles, num_parts)
-        part_end = _part_begin(part + 1, total_tiles, num_parts)
-
         # 2. The tiles, item after item.
         accumulator = gl.zeros([HEAD_DIM, COLUMNS], gl.float32, MMA)
         row_max = gl.full([COLUMNS], float("-inf"), gl.float32, COLUMN_LAYOUT)
@@ -391,14 +323,13 @@ def _attend_to_part(
         V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
         v_key = gl.arange(0, TILE, gl.SliceLayout(1, V_LAYOUT))
         weights_own = weights_buffer.index(stream)
-        tail = _tail_of(part_begin, part_end, list_length, list_ptr)
-        index = tail
-        flags = gl.load(list_ptr + index % list_length * 8 + 2)
+        tail = index
         for step in range(part_end - part_begin):
             slot = stream * STAGES + step % STAGES
             phase = step // STAGES & 1
             next_index = _index_at(step + 1, part_begin, part_end, tail)
-            next_flags = gl.load(list_ptr + next_index % list_length * 8 + 2)
+            words = list_ptr + next_index % list_length * 8
+            next_row, next_flags, next_entry = gl.load(words + 1), gl.load(words + 2), gl.load(words + 3)
             num_valid = flags & (_FLAG_FIRST - 1)
             is_first = ((flags & _FLAG_FIRST) != 0) | (index == part_begin)
             mbarrier.wait(k_full.index(slot), phase)
@@ -432,9 +363,9 @@ def _attend_to_part(
             mbarrier.arrive(empty.index(slot), count=1)
             if ((flags & _FLAG_LAST) != 0) | (index == part_end - 1):
                 kv_head = index // list_length
-                words = list_ptr + (index - kv_head * list_length) * 8
-                first_row = gl.load(words + 1)
-                item_begin = kv_head * list_length + gl.load(words + 3)
+                item_begin = kv_head * list_length + item_entry
+                if WAITS_FOR_PREFIX:
+                    gdc_wait()
                 out = gl.convert_layout(gl.permute(accumulator, (1, 0)), ROWS)
                 out_max = gl.convert_layout(row_max, ROW_LAYOUT)
                 out_sum = gl.convert_layout(gl.sum(weight_sums, axis=0), ROW_LAYOUT)
@@ -451,7 +382,8 @@ def _attend_to_part(
                         out_ptr,
                         prefix_out_ptr,
                         prefix_lse_ptr,
-                        IS_SUFFIX,
+                        split_stride,
+                        NUM_SPLITS,
                         GROUP_SIZE,
                         HEAD_DIM,
                         COLUMNS,
@@ -462,7 +394,8 @@ def _attend_to_part(
                     state_slot = part * 2 + (item_begin >= part_begin).to(gl.int32)
                     _store_state(out, out_max, out_sum, state_slot, state_ptr, extrema_ptr, HEAD_DIM, COLUMNS, ROWS)
                     first_part = _part_of(item_begin, total_tiles, num_parts)
-                    last_part = _part_of(item_begin + gl.load(words + 4) - 1, total_tiles, num_parts)
+                    num_tiles = gl.load(list_ptr + item_entry * 8 + 4)
+                    last_part = _part_of(item_begin + num_tiles - 1, total_tiles, num_parts)
                     _barrier()  # all threads' states are written before they are announced
                     num_arrived = gl.atomic_add(counters_ptr + first_part, 1, sem="acq_rel", scope="gpu")
                     _barrier()
@@ -492,13 +425,14 @@ def _attend_to_part(
                             out_ptr,
                             prefix_out_ptr,
                             prefix_lse_ptr,
-                            IS_SUFFIX,
+                            split_stride,
+                            NUM_SPLITS,
                             GROUP_SIZE,
                             HEAD_DIM,
                             COLUMNS,
                             ROWS,
                         )
-            index, flags = next_index, next_flags
+            index, first_row, flags, item_entry = next_index, next_row, next_flags, next_entry
 
 
 @gluon.jit
@@ -506,8 +440,11 @@ def _paged_attention_kernel(
     q_desc,
     k_desc,
     v_desc,
+    k_box_desc,
+    v_box_desc,
     list_length_ptr,
     list_ptr,
+    parts_ptr,
     out_ptr,
     prefix_out_ptr,
     prefix_lse_ptr,
@@ -515,8 +452,9 @@ def _paged_attention_kernel(
     extrema_ptr,
     counters_ptr,
     num_kv_heads,
+    split_stride,
     scale_log2e,
-    IS_SUFFIX: gl.constexpr,
+    NUM_SPLITS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -524,25 +462,25 @@ def _paged_attention_kernel(
     BOX: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
+    BEGINS_EARLY: gl.constexpr,
+    WAITS_FOR_PREFIX: gl.constexpr,
 ):
     PANELS: gl.constexpr = HEAD_DIM // 64
     BOXES: gl.constexpr = TILE // BOX
     dtype: gl.constexpr = k_desc.dtype
-    TILE_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    # Boxes of a tile, panel by panel, lie as the tile itself would.
-    q_boxes = gl.allocate_shared_memory(dtype, [2 * STAGES * PANELS, COLUMNS, 64], q_desc.layout)
-    k_boxes = gl.allocate_shared_memory(dtype, [2 * STAGES * PANELS * BOXES, BOX, 64], k_desc.layout)
-    v_boxes = gl.allocate_shared_memory(dtype, [2 * STAGES * PANELS * BOXES, BOX, 64], v_desc.layout)
-    q_tiles = q_boxes._reinterpret(dtype, [2 * STAGES, COLUMNS, HEAD_DIM], TILE_LAYOUT)
-    k_tiles = k_boxes._reinterpret(dtype, [2 * STAGES, TILE, HEAD_DIM], TILE_LAYOUT)
-    v_tiles = v_boxes._reinterpret(dtype, [2 * STAGES, TILE, HEAD_DIM], TILE_LAYOUT)
-    weights_buffer = gl.allocate_shared_memory(dtype, [2, COLUMNS, TILE], TILE_LAYOUT)
+    q_tiles = gl.allocate_shared_memory(dtype, [2 * STAGES, COLUMNS, HEAD_DIM], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [2 * STAGES, TILE, HEAD_DIM], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [2 * STAGES, TILE, HEAD_DIM], v_desc.layout)
+    # Boxes of a tile lie in it panel by panel.
+    k_boxes = k_tiles._reinterpret(dtype, [2 * STAGES * PANELS * BOXES, BOX, 64], k_box_desc.layout)
+    v_boxes = v_tiles._reinterpret(dtype, [2 * STAGES * PANELS * BOXES, BOX, 64], v_box_desc.layout)
+    weights_buffer = gl.allocate_shared_memory(dtype, [2, COLUMNS, TILE], q_desc.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(2 * STAGES):
-        mbarrier.init(k_full.index(slot), count=BOXES)
-        mbarrier.init(v_full.index(slot), count=BOXES)
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(v_full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=1)
     fence_async_shared()
     gl.warp_specialize(
@@ -553,6 +491,7 @@ def _paged_attention_kernel(
                     0,
                     list_length_ptr,
                     list_ptr,
+                    parts_ptr,
                     out_ptr,
                     prefix_out_ptr,
                     prefix_lse_ptr,
@@ -567,13 +506,16 @@ def _paged_attention_kernel(
                     v_full,
                     empty,
                     num_kv_heads,
+                    split_stride,
                     scale_log2e,
-                    IS_SUFFIX,
+                    NUM_SPLITS,
                     GROUP_SIZE,
                     HEAD_DIM,
                     TILE,
                     COLUMNS,
                     STAGES,
+                    BEGINS_EARLY,
+                    WAITS_FOR_PREFIX,
                 ),
             ),
             (
@@ -582,6 +524,7 @@ def _paged_attention_kernel(
                     1,
                     list_length_ptr,
                     list_ptr,
+                    parts_ptr,
                     out_ptr,
                     prefix_out_ptr,
                     prefix_lse_ptr,
@@ -596,24 +539,33 @@ def _paged_attention_kernel(
                     v_full,
                     empty,
                     num_kv_heads,
+                    split_stride,
                     scale_log2e,
-                    IS_SUFFIX,
+                    NUM_SPLITS,
                     GROUP_SIZE,
                     HEAD_DIM,
                     TILE,
                     COLUMNS,
                     STAGES,
+                    BEGINS_EARLY,
+                    WAITS_FOR_PREFIX,
                 ),
             ),
             (
-                _copy_parts,
+                _copy_part,
                 (
+                    0,
                     list_length_ptr,
                     list_ptr,
+                    parts_ptr,
                     q_desc,
                     k_desc,
                     v_desc,
-                    q_boxes,
+                    k_box_desc,
+                    v_box_desc,
+                    q_tiles,
+                    k_tiles,
+                    v_tiles,
                     k_boxes,
                     v_boxes,
                     k_full,
@@ -627,11 +579,43 @@ def _paged_attention_kernel(
                     BOX,
                     COLUMNS,
                     STAGES,
+                    BEGINS_EARLY,
+                ),
+            ),
+            (
+                _copy_part,
+                (
+                    1,
+                    list_length_ptr,
+                    list_ptr,
+                    parts_ptr,
+                    q_desc,
+                    k_desc,
+                    v_desc,
+                    k_box_desc,
+                    v_box_desc,
+                    q_tiles,
+                    k_tiles,
+                    v_tiles,
+                    k_boxes,
+                    v_boxes,
+                    k_full,
+                    v_full,
+                    empty,
+                    num_kv_heads,
+                    GROUP_SIZE,
+                    HEAD_DIM,
+                    BLOCK_SIZE,
+                    TILE,
+                    BOX,
+                    COLUMNS,
+                    STAGES,
+                    BEGINS_EARLY,
                 ),
             ),
         ],
-        [4, 1],
-        [160, 80],
+        [4, 1, 1],
+        [200, 80, 80],
     )
 
 
@@ -642,28 +626,40 @@ def launch(
     scale: float,
     list_length: torch.Tensor,
     tile_list: torch.Tensor,
+    parts: torch.Tensor,
     counters: torch.Tensor,
     out: torch.Tensor,
     prefix_result: tuple[torch.Tensor, torch.Tensor] | None,
     num_programs: int,
+    is_behind_prefix: bool = False,
 ) -> None:
-    """Run the kernel over a plan of tiles of TILE keys; prefix_result as in `launch_paged_attention`, if a suffix."""
+    """Run the kernel over a plan of tiles of TILE keys; a suffix brings what its prefix left.
+
+    is_behind_prefix: the kernel launched last is that of the prefix part, and it was not launched early itself.
+    prefix_result: (out float32 [num_splits, B, num_heads, D], lse float32 [num_splits, B, num_heads], base 2); a split
+    that saw no keys has an lse of -inf, and any out.
+    """
     num_heads = q.shape[1]
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     group_size = num_heads // num_kv_heads
     columns = 8 if group_size <= 8 else 16
-    num_stages = 3 if num_programs <= _FEW_PROGRAMS else 2  # tiles in flight, for each of the two parts
+    num_stages = STAGES_OF_FEW if num_programs <= _FEW_PROGRAMS else STAGES_OF_MANY
     prefix_out, prefix_lse = prefix_result or (out, out)
     num_state_rows = 4 * num_programs * columns
     state = torch.empty(num_state_rows, head_dim, dtype=torch.float32, device=q.device)
     extrema = torch.empty(num_state_rows, 2, dtype=torch.float32, device=q.device)
+    begins_early = BEGIN_EARLY and prefix_result is None
+    waits_for_prefix = BEGIN_DURING_PREFIX and is_behind_prefix
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     _paged_attention_kernel[(num_programs,)](
-        TensorDescriptor.from_tensor(aligned(q.contiguous().view(-1, head_dim)), [columns, _PANEL], layout),
+        TensorDescriptor.from_tensor(aligned(q.contiguous().view(-1, head_dim)), [columns, head_dim], layout),
+        TensorDescriptor.from_tensor(k_cache.view(-1, head_dim), [TILE, head_dim], layout),
+        TensorDescriptor.from_tensor(v_cache.view(-1, head_dim), [TILE, head_dim], layout),
         TensorDescriptor.from_tensor(k_cache.view(-1, head_dim), [BOX, _PANEL], layout),
         TensorDescriptor.from_tensor(v_cache.view(-1, head_dim), [BOX, _PANEL], layout),
         list_length,
         tile_list,
+        parts,
         out,
         prefix_out,
         prefix_lse,
@@ -671,8 +667,9 @@ def launch(
         extrema,
         counters,
         num_kv_heads,
+        prefix_lse[0].numel(),
         scale / math.log(2),
-        IS_SUFFIX=prefix_result is not None,
+        NUM_SPLITS=0 if prefix_result is None else prefix_lse.shape[0],
         GROUP_SIZE=group_size,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
@@ -680,5 +677,8 @@ def launch(
         BOX=BOX,
         COLUMNS=columns,
         STAGES=num_stages,
+        BEGINS_EARLY=begins_early,
+        WAITS_FOR_PREFIX=waits_for_prefix,
         num_warps=4,
+        launch_pdl=begins_early or waits_for_prefix,
     )

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from blendserve_kernels.gluon_kernels.alignment import aligned
 
@@ -42,6 +43,32 @@ def _item_of(step, total):
     if step % 2 == 1:
         program = gl.num_programs(0) - 1 - program
     return step * gl.num_programs(0) + program
+
+
+@gluon.jit
+def _load_words(step, total, head_blocks, list_ptr):
+    """Return what must be copied for the program's item of a step: first token, tiles, request, first tile."""
+    words = list_ptr + gl.maximum(gl.minimum(_item_of(step, total), total - 1), 0) // head_blocks * 8
+    is_any = total > 0
+    q_token = gl.load(words, mask=is_any, other=0)
+    num_tiles = gl.load(words + 3, mask=is_any, other=0)
+    request = gl.load(words + 4, mask=is_any, other=0)
+    first_tile = gl.load(words + 6, mask=is_any, other=0)
+    return q_token, num_tiles, request, first_tile
+
+
+@gluon.jit
+def _load_bounds(step, total, head_blocks, list_ptr):
+    """Return what must be known to attend for it: first token, tokens, first position, tiles, context length, split."""
+    words = list_ptr + gl.maximum(gl.minimum(_item_of(step, total), total - 1), 0) // head_blocks * 8
+    is_any = total > 0
+    q_token = gl.load(words, mask=is_any, other=0)
+    num_tokens = gl.load(words + 1, mask=is_any, other=0)
+    position = gl.load(words + 2, mask=is_any, other=0)
+    num_tiles = gl.load(words + 3, mask=is_any, other=0)
+    context_len = gl.load(words + 5, mask=is_any, other=0)
+    split = gl.load(words + 7, mask=is_any, other=0)
+    return q_token, num_tokens, position, num_tiles, context_len, split
 
 
 @gluon.jit
@@ -77,16 +104,25 @@ def _copy_blocks(
     head_blocks = num_kv_heads * HEAD_BLOCKS
     total = gl.load(list_length_ptr) * head_blocks
     count = 0
+    # Read ahead: the list by two items, the block table by one tile.
+    q_token, num_tiles, request, first_tile = _load_words(0, total, head_blocks, list_ptr)
+    next_q_token, next_num_tiles, next_request, next_first_tile = _load_words(1, total, head_blocks, list_ptr)
+    block = gl.load(
+        block_table_ptr + request.to(gl.int64) * block_table_stride + first_tile * TILE // BLOCK_SIZE,
+        mask=total > 0,
+        other=0,
+    )
     for step in range((total + gl.num_programs(0) - 1) // gl.num_programs(0)):
         item = _item_of(step, total)
         if item < total:
-            words = list_ptr + item // head_blocks * 8
             head_block = item % head_blocks
             kv_head = head_block // HEAD_BLOCKS
-            q_token = gl.load(words)
-            num_tiles = gl.load(words + 3)
-            table = block_table_ptr + gl.load(words + 4).to(gl.int64) * block_table_stride
-            block = gl.load(table)
+            table = block_table_ptr + request.to(gl.int64) * block_table_stride
+            next_table = block_table_ptr + next_request.to(gl.int64) * block_table_stride
+            next_item_block = gl.load(next_table + next_first_tile * TILE // BLOCK_SIZE)
+            later_q_token, later_num_tiles, later_request, later_first_tile = _load_words(
+                step + 2, total, head_blocks, list_ptr
+            )
             q_slot = step % 2
             mbarrier.wait(q_empty.index(q_slot), (step // 2 & 1) ^ 1)
             mbarrier.expect(q_full.index(q_slot), 128 * HEAD_DIM * ELEMENT_BYTES)
@@ -98,9 +134,9 @@ def _copy_blocks(
                         q_full.index(q_slot),
                         q_boxes.index((q_slot * 2 + half) * PANELS + panel),
                     )
-            for tile in range(num_tiles):
+            for tile in range(first_tile, first_tile + num_tiles):
                 cache_row = (block * num_kv_heads + kv_head) * BLOCK_SIZE + tile * TILE % BLOCK_SIZE
-                block = gl.load(table + gl.minimum(tile + 1, num_tiles - 1) * TILE // BLOCK_SIZE)
+                block = gl.load(table + gl.minimum(tile + 1, first_tile + num_tiles - 1) * TILE // BLOCK_SIZE)
                 slot = count % STAGES
                 phase = (count // STAGES & 1) ^ 1
                 mbarrier.wait(k_empty.index(slot), phase)
@@ -110,6 +146,10 @@ def _copy_blocks(
                 mbarrier.expect(v_full.index(slot), TILE * HEAD_DIM * ELEMENT_BYTES)
                 tma.async_copy_global_to_shared(v_desc, [cache_row, 0], v_full.index(slot), v_tiles.index(slot))
                 count += 1
+            block = next_item_block
+            q_token, num_tiles, request, first_tile = next_q_token, next_num_tiles, next_request, next_first_tile
+            next_q_token, next_num_tiles = later_q_token, later_num_tiles
+            next_request, next_first_tile = later_request, later_first_tile
 
 
 @gluon.jit
@@ -181,6 +221,7 @@ def _attend_to_blocks(
     list_length_ptr,
     list_ptr,
     out_ptr,
+    lse_ptr,
     q_tiles,
     k_tiles,
     v_tiles,
@@ -191,7 +232,9 @@ def _attend_to_blocks(
     v_full,
     v_empty,
     num_kv_heads,
+    num_split_tokens,
     scale_log2e,
+    HAS_SPLITS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     PACK: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -213,12 +256,15 @@ def _attend_to_blocks(
     v_row = gl.arange(0, 16, gl.SliceLayout(1, STORED))
     out_row = gl.arange(0, 64, gl.SliceLayout(1, STORED))
     dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, STORED))
+    split_row = gl.arange(0, 64, gl.SliceLayout(1, OUT))
+    split_dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, OUT))
+    q_token, num_tokens, first_position, num_tiles, context_len, split = _load_bounds(0, total, head_blocks, list_ptr)
     for step in range((total + gl.num_programs(0) - 1) // gl.num_programs(0)):
         item = _item_of(step, total)
+        next_q_token, next_num_tokens, next_position, next_num_tiles, next_context_len, next_split = _load_bounds(
+            step + 1, total, head_blocks, list_ptr
+        )
         if item < total:
-            words = list_ptr + item // head_blocks * 8
-            first_position = gl.load(words + 2)
-            num_tiles = gl.load(words + 3)
             row_positions = first_position + half * HALF_TOKENS + row // PACK
             q_slot = step % 2
             q_tile = q_tiles.index(q_slot * 2 + half)
@@ -244,7 +290,7 @@ def _attend_to_blocks(
             count += 1
 
             # 2. The tiles that all rows see in full, then those on the diagonal.
-            num_full = gl.maximum((first_position + 1) // TILE, 1)
+            num_full = gl.minimum(gl.maximum((first_position + 1) // TILE, 1), num_tiles)
             count, weights, accumulator, row_max, row_sum = _attend_to_tiles(
                 1,
                 num_full,
@@ -296,7 +342,7 @@ def _attend_to_blocks(
             # groups write the same zeros over it.
             last_slot = (count - 1) % STAGES
             mbarrier.wait(v_full.index(last_slot), (count - 1) // STAGES & 1)
-            num_valid = gl.load(words + 5) - (num_tiles - 1) * TILE
+            num_valid = context_len - (num_tiles - 1) * TILE
             if num_valid < TILE:
                 for part in gl.static_range(TILE // 16):
                     if num_valid < (part + 1) * 16:
@@ -310,18 +356,35 @@ def _attend_to_blocks(
             _barrier()
             mbarrier.arrive(v_empty.index(last_slot), count=1)
 
-            # 4. The result, by way of the queries' place in shared memory.
             out = accumulator / gl.convert_layout(row_sum, gl.SliceLayout(1, OUT))[:, None]
-            q_tile.store(out.to(v_tiles.dtype))
-            _barrier()
-            stored = q_tile.load(STORED)
-            fence_async_shared()
-            _barrier()
-            mbarrier.arrive(q_empty.index(q_slot), count=1)
-            token = half * HALF_TOKENS + out_row // PACK
-            out_index = (gl.load(words) + token).to(gl.int64) * num_heads + item % head_blocks * PACK + out_row % PACK
-            is_row = token < gl.load(words + 1)
-            gl.store(out_ptr + out_index[:, None] * HEAD_DIM + dims[None, :], stored, mask=is_row[:, None])
+            if HAS_SPLITS:
+                # 4. The result of this part of the keys in float32, and the logarithm of its weight.
+                split_token = split * num_split_tokens + q_token
+                token = half * HALF_TOKENS + row // PACK
+                lse_index = (split_token + token) * num_heads + item % head_blocks * PACK + row % PACK
+                gl.store(lse_ptr + lse_index, row_max + gl.log2(row_sum), mask=token < num_tokens)
+                token = half * HALF_TOKENS + split_row // PACK
+                out_index = (
+                    (split_token + token).to(gl.int64) * num_heads + item % head_blocks * PACK + split_row % PACK
+                )
+                is_row = token < num_tokens
+                gl.store(out_ptr + out_index[:, None] * HEAD_DIM + split_dims[None, :], out, mask=is_row[:, None])
+                _barrier()
+                mbarrier.arrive(q_empty.index(q_slot), count=1)
+            else:
+                # 4. The result, by way of the queries' place in shared memory.
+                q_tile.store(out.to(v_tiles.dtype))
+                _barrier()
+                stored = q_tile.load(STORED)
+                fence_async_shared()
+                _barrier()
+                mbarrier.arrive(q_empty.index(q_slot), count=1)
+                token = half * HALF_TOKENS + out_row // PACK
+                out_index = (q_token + token).to(gl.int64) * num_heads + item % head_blocks * PACK + out_row % PACK
+                is_row = token < num_tokens
+                gl.store(out_ptr + out_index[:, None] * HEAD_DIM + dims[None, :], stored, mask=is_row[:, None])
+        q_token, num_tokens, first_position = next_q_token, next_num_tokens, next_position
+        num_tiles, context_len, split = next_num_tiles, next_context_len, next_split
 
 
 @gluon.jit
@@ -333,9 +396,12 @@ def _prefill_attention_kernel(
     list_length_ptr,
     list_ptr,
     out_ptr,
+    lse_ptr,
     num_kv_heads,
+    num_split_tokens,
     block_table_stride,
     scale_log2e,
+    HAS_SPLITS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     PACK: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -343,6 +409,8 @@ def _prefill_attention_kernel(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    if HAS_SPLITS:
+        gdc_launch_dependents()  # what merges the splits may begin with what does not depend on them
     PANELS: gl.constexpr = HEAD_DIM // 64
     dtype: gl.constexpr = k_desc.dtype
     TILE_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16)
@@ -374,6 +442,7 @@ def _prefill_attention_kernel(
                     list_length_ptr,
                     list_ptr,
                     out_ptr,
+                    lse_ptr,
                     q_tiles,
                     k_tiles,
                     v_tiles,
@@ -384,7 +453,9 @@ def _prefill_attention_kernel(
                     v_full,
                     v_empty,
                     num_kv_heads,
+                    num_split_tokens,
                     scale_log2e,
+                    HAS_SPLITS,
                     GROUP_SIZE,
                     PACK,
                     HEAD_DIM,
@@ -399,6 +470,7 @@ def _prefill_attention_kernel(
                     list_length_ptr,
                     list_ptr,
                     out_ptr,
+                    lse_ptr,
                     q_tiles,
                     k_tiles,
                     v_tiles,
@@ -409,7 +481,9 @@ def _prefill_attention_kernel(
                     v_full,
                     v_empty,
                     num_kv_heads,
+                    num_split_tokens,
                     scale_log2e,
+                    HAS_SPLITS,
                     GROUP_SIZE,
                     PACK,
                     HEAD_DIM,
@@ -462,8 +536,13 @@ def launch(
     block_list: torch.Tensor,
     out: torch.Tensor,
     num_programs: int,
+    lse: torch.Tensor | None = None,
 ) -> None:
-    """Run the kernel over a plan of query blocks of ROWS rows with `pack` heads each, and of tiles of TILE keys."""
+    """Run the kernel over a plan of query blocks of ROWS rows with `pack` heads each, and of tiles of TILE keys.
+
+    With lse, float32 [num_splits, T, num_heads], base 2, `out` is float32 [num_splits, T, num_heads, head_dim]: each
+    item of the plan sees some of the keys, and its result goes where the item says.
+    """
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
@@ -475,9 +554,12 @@ def launch(
         list_length,
         block_list,
         out,
+        out if lse is None else lse,
         num_kv_heads,
+        q.shape[0],
         block_table.stride(0),
         scale / math.log(2),
+        HAS_SPLITS=lse is not None,
         GROUP_SIZE=q.shape[1] // num_kv_heads,
         PACK=pack,
         HEAD_DIM=head_dim,

@@ -36,6 +36,7 @@ _FLAG_LAST = tl.constexpr(1 << 10)
 _FLAG_PREFIX = tl.constexpr(1 << 11)
 _SHIFT_ROWS = tl.constexpr(12)  # above: how many query rows are real
 
+KEEP_WHOLE = True  # on Hopper: leave a few programs without work where that saves the cutting of all items
 _MAX_PROGRAMS = 1024
 _INTERPRETED_PROGRAMS = 5  # without a GPU: few, and no divisor of common sizes, so that items are cut
 
@@ -71,6 +72,117 @@ def _load_sequence(
 
 
 @triton.jit
+def _part_begin(program, total_tiles, num_programs):
+    """Return where the part of a program begins: the first total % P parts are longer by one."""
+    return program * (total_tiles // num_programs) + tl.minimum(program, total_tiles % num_programs)
+
+
+@triton.jit
+def _tile_entry(
+    tile,
+    is_tile,
+    num_tiles,
+    kv_begin,
+    kv_end,
+    first_request,
+    num_rows,
+    has_prefix,
+    block_table_ptr,
+    num_kv_heads,
+    block_table_stride,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """Return place and flags, words 0 and 2, of a vector of tiles of one item."""
+    kv_token = kv_begin + tile * TILE
+    num_valid = tl.maximum(tl.minimum(kv_end - kv_token, TILE), 0)
+    place = kv_token
+    if USE_TMA:
+        entry = first_request.to(tl.int64) * block_table_stride + kv_token // BLOCK_SIZE
+        block = tl.load(block_table_ptr + entry, mask=is_tile & (num_valid > 0), other=0)
+        place = block * num_kv_heads * BLOCK_SIZE + kv_token % BLOCK_SIZE
+    flags = num_valid + has_prefix * _FLAG_PREFIX + (num_rows << _SHIFT_ROWS)
+    flags += tl.where(tile == 0, _FLAG_FIRST, 0) + tl.where(tile == num_tiles - 1, _FLAG_LAST, 0)
+    return place, flags
+
+
+@triton.jit
+def _describe_parts(
+    list_length,
+    longest,
+    position,
+    num_tiles,
+    kv_begin,
+    kv_end,
+    first_request,
+    num_rows,
+    has_prefix,
+    block_table_ptr,
+    list_length_ptr,
+    parts_ptr,
+    num_sequences,
+    num_kv_heads,
+    block_table_stride,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    KEEP_WHOLE: tl.constexpr,
+):
+    """Say where parts begin and end whose last item is this sequence's, so that one load tells a warp where to begin.
+
+    A part begins with its last item: the items that other parts share are thus done first, and their merging hides
+    behind the rest.
+    """
+    total_tiles = list_length * num_kv_heads
+    num_parts = tl.minimum(NUM_PARTS, total_tiles)  # so that every part holds a tile
+    if KEEP_WHOLE:
+        # Items of one length are not cut where parts of whole items are nearly as many.
+        size = ((total_tiles + num_parts - 1) // num_parts + longest - 1) // longest * longest
+        fewer = (total_tiles + size - 1) // size
+        is_better = (longest * num_sequences == list_length) & (fewer * 16 >= num_parts * 15)
+        num_parts = tl.where(is_better, fewer, num_parts)
+    is_first_sequence = tl.program_id(0) == 0
+    tl.store(list_length_ptr + 1, num_parts, mask=is_first_sequence)
+    part = tl.arange(0, PADDED_PARTS)
+    is_part = part < num_parts
+    begin = tl.where(is_part, _part_begin(part, total_tiles, num_parts), 0)
+    end = tl.where(is_part, _part_begin(part + 1, total_tiles, num_parts), 0)
+    last = tl.maximum(end - 1, 0)
+    last_tile = last % list_length - position
+    is_mine = is_part & (last_tile >= 0) & (last_tile < num_tiles)
+    tail = tl.maximum(last - last_tile, begin)
+    place, flags = _tile_entry(
+        last_tile - (last - tail),
+        is_mine,
+        num_tiles,
+        kv_begin,
+        kv_end,
+        first_request,
+        num_rows,
+        has_prefix,
+        block_table_ptr,
+        num_kv_heads,
+        block_table_stride,
+        BLOCK_SIZE,
+        TILE,
+        USE_TMA,
+    )
+    words = parts_ptr + part * 8
+    is_written = is_mine | (is_first_sequence & (part < NUM_PARTS) & (is_part == 0))
+    tl.store(words, begin, mask=is_written)
+    tl.store(words + 1, end, mask=is_written)
+    tl.store(words + 2, tail, mask=is_written)
+    tl.store(words + 3, place, mask=is_mine)
+    tl.store(words + 4, first_request * GROUP_SIZE + part * 0, mask=is_mine)
+    tl.store(words + 5, flags, mask=is_mine)
+    tl.store(words + 6, position + part * 0, mask=is_mine)
+
+
+@triton.jit
 def _plan_kernel(
     block_table_ptr,
     context_lens_ptr,
@@ -79,6 +191,7 @@ def _plan_kernel(
     group_sizes_ptr,
     list_length_ptr,
     list_ptr,
+    parts_ptr,
     counters_ptr,
     num_sequences,
     num_kv_heads,
@@ -92,8 +205,13 @@ def _plan_kernel(
     USE_TMA: tl.constexpr,
     CHUNK: tl.constexpr,
     PADDED_PROGRAMS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    KEEP_WHOLE: tl.constexpr,
 ):
-    """List the tiles of one sequence per program, behind those of the sequences before it; zero the counters."""
+    """List the tiles of one sequence per program, behind those of the sequences before it; zero the counters.
+
+    NUM_PARTS: how many parts to describe, for the kernel for Hopper, each by the sequence whose tile comes first in it.
+    """
     this_sequence = tl.program_id(0)
     tl.store(counters_ptr + tl.arange(0, PADDED_PROGRAMS), 0, mask=this_sequence == 0)
     all_sequences = tl.arange(0, PADDED_SEQUENCES)
@@ -102,7 +220,8 @@ def _plan_kernel(
     )
     all_row_blocks = tl.maximum((all_requests * GROUP_SIZE + ROWS - 1) // ROWS, 1)
     all_entries = tl.where(all_sequences < num_sequences, all_row_blocks * all_tiles, 0)
-    tl.store(list_length_ptr, tl.sum(all_entries), mask=this_sequence == 0)
+    list_length = tl.sum(all_entries)
+    tl.store(list_length_ptr, list_length, mask=this_sequence == 0)
     position = tl.sum(tl.where(all_sequences < this_sequence, all_entries, 0))
     first_request, num_requests, kv_begin, kv_end, num_tiles = _load_sequence(
         this_sequence, num_sequences, context_lens_ptr, prefix_lens_ptr, group_starts_ptr, group_sizes_ptr, PART, TILE
@@ -111,20 +230,52 @@ def _plan_kernel(
     if PART == _SUFFIX:
         has_prefix = (kv_begin > 0).to(tl.int32)
     num_rows = num_requests * GROUP_SIZE
+    if NUM_PARTS > 0:
+        _describe_parts(
+            list_length,
+            tl.max(all_tiles),
+            position,
+            num_tiles,
+            kv_begin,
+            kv_end,
+            first_request,
+            num_rows,
+            has_prefix,
+            block_table_ptr,
+            list_length_ptr,
+            parts_ptr,
+            num_sequences,
+            num_kv_heads,
+            block_table_stride,
+            GROUP_SIZE,
+            BLOCK_SIZE,
+            TILE,
+            USE_TMA,
+            PADDED_PROGRAMS,
+            NUM_PARTS,
+            KEEP_WHOLE,
+        )
     for row_begin in tl.range(0, tl.maximum(num_rows, 1), ROWS):
         rows_here = tl.minimum(num_rows - row_begin, ROWS)
         for chunk_begin in tl.range(0, num_tiles, CHUNK):
             tile = chunk_begin + tl.arange(0, CHUNK)
             is_tile = tile < num_tiles
-            kv_token = kv_begin + tile * TILE
-            num_valid = tl.maximum(tl.minimum(kv_end - kv_token, TILE), 0)
-            place = kv_token
-            if USE_TMA:
-                entry = first_request.to(tl.int64) * block_table_stride + kv_token // BLOCK_SIZE
-                block = tl.load(block_table_ptr + entry, mask=is_tile & (num_valid > 0), other=0)
-                place = block * num_kv_heads * BLOCK_SIZE + kv_token % BLOCK_SIZE
-            flags = num_valid + has_prefix * _FLAG_PREFIX + (rows_here << _SHIFT_ROWS)
-            flags += tl.where(tile == 0, _FLAG_FIRST, 0) + tl.where(tile == num_tiles - 1, _FLAG_LAST, 0)
+            place, flags = _tile_entry(
+                tile,
+                is_tile,
+                num_tiles,
+                kv_begin,
+                kv_end,
+                first_request,
+                rows_here,
+                has_prefix,
+                block_table_ptr,
+                num_kv_heads,
+                block_table_stride,
+                BLOCK_SIZE,
+                TILE,
+                USE_TMA,
+            )
             words = list_ptr + (position + tile) * 8
             tl.store(words, place, mask=is_tile)
             tl.store(words + 1, first_request * GROUP_SIZE + row_begin + tile * 0, mask=is_tile)
@@ -133,12 +284,6 @@ def _plan_kernel(
             tl.store(words + 4, num_tiles + tile * 0, mask=is_tile)
             tl.store(words + 5, first_request + tile * 0, mask=is_tile)
         position += num_tiles
-
-
-@triton.jit
-def _part_begin(program, total_tiles, num_programs):
-    """Return where the part of a program begins: the first total % P parts are longer by one."""
-    return program * (total_tiles // num_programs) + tl.minimum(program, total_tiles % num_programs)
 
 
 @triton.jit
@@ -593,7 +738,10 @@ class DecodePlan:
     rows: int
     shape: LaunchShape
     tile_list: torch.Tensor  # int32 [max_entries, 8]
-    list_length: torch.Tensor  # int32 [1], on the device: no host knows it
+    list_length: torch.Tensor  # int32 [2], entries and parts that hold any, on the device: no host knows them
+    # int32 [num_parts, 8], for the kernel for Hopper: begin and end of a part, the tile that comes first in it, and of
+    # that tile words 0, 1, 2 and 3
+    parts: torch.Tensor
     counters: torch.Tensor  # int32, programs that have arrived at a cut item; zero between launches
 
 
@@ -617,9 +765,10 @@ def make_plan(
     max_row_blocks = num_sequences if groups is None else num_requests * group_size // rows + num_sequences
     max_entries = max_row_blocks * max(1, triton.cdiv(block_table.shape[1] * block_size, shape.tile))
     tile_list = torch.empty(max_entries, _ENTRY_WORDS, dtype=torch.int32, device=k_cache.device)
-    list_length = torch.empty(1, dtype=torch.int32, device=k_cache.device)
-    num_parts = shape.num_programs * (2 if shape.is_for_hopper else 1)
-    padded_programs = int(triton.next_power_of_2(num_parts))
+    list_length = torch.empty(2, dtype=torch.int32, device=k_cache.device)
+    num_parts = 2 * shape.num_programs if shape.is_for_hopper else 0
+    parts = torch.empty(num_parts, _ENTRY_WORDS, dtype=torch.int32, device=k_cache.device)
+    padded_programs = int(triton.next_power_of_2(max(shape.num_programs, num_parts)))
     counters = torch.empty(padded_programs, dtype=torch.int32, device=k_cache.device)
     _plan_kernel[(num_sequences,)](
         block_table,
@@ -629,6 +778,7 @@ def make_plan(
         group_sizes,
         list_length,
         tile_list,
+        parts,
         counters,
         num_sequences,
         num_kv_heads,
@@ -642,9 +792,11 @@ def make_plan(
         USE_TMA=shape.use_tma,
         CHUNK=128,
         PADDED_PROGRAMS=padded_programs,
+        NUM_PARTS=num_parts,
+        KEEP_WHOLE=KEEP_WHOLE,
         num_warps=4,
     )
-    return DecodePlan(part, rows, shape, tile_list, list_length, counters)
+    return DecodePlan(part, rows, shape, tile_list, list_length, parts, counters)
 
 
 def launch_paged_attention(
@@ -656,19 +808,22 @@ def launch_paged_attention(
     plan: DecodePlan,
     out: torch.Tensor,
     prefix_result: tuple[torch.Tensor, torch.Tensor] | None = None,
+    is_behind_prefix: bool = False,
 ) -> None:
     """Run the kernel over a plan and write `out`.
 
-    prefix_result: (out float32 [B, num_heads, D], lse float32 [B, num_heads], base 2), written by a prefix part (which
-    has the first as `out`) and read by a suffix part.
+    is_behind_prefix: the kernel launched last is that of the prefix part.
+    prefix_result: (out float32 [1, B, num_heads, D], lse float32 [1, B, num_heads], base 2), written by a prefix part
+    (which has the first as `out`) and read by a suffix part; the kernel for Hopper reads several such splits.
     """
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     shape, rows = plan.shape, plan.rows
     if shape.is_for_hopper:
         from blendserve_kernels.gluon_kernels import decode_attention
 
-        plan_tensors = (plan.list_length, plan.tile_list, plan.counters)
-        decode_attention.launch(q, k_cache, v_cache, scale, *plan_tensors, out, prefix_result, shape.num_programs)
+        plan_tensors = (plan.list_length, plan.tile_list, plan.parts, plan.counters)
+        result_and_shape = (out, prefix_result, shape.num_programs, is_behind_prefix)
+        decode_attention.launch(q, k_cache, v_cache, scale, *plan_tensors, *result_and_shape)
         return
     prefix_out, prefix_lse = prefix_result or (out, out)
     num_state_rows = 2 * shape.num_programs * rows

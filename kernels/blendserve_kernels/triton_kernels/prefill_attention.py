@@ -246,6 +246,8 @@ def _plan_prefill_kernel(
     tl.store(words + 3, num_tiles)
     tl.store(words + 4, request)
     tl.store(words + 5, context_len)
+    tl.store(words + 6, 0)
+    tl.store(words + 7, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,11 +255,12 @@ class PrefillPlan:
     """Query blocks, longest first, made by `plan_prefill_triton`: valid for every layer of a step."""
 
     pack: int  # heads of a KV head's group that lie in one query block
-    block_list: torch.Tensor  # int32 [max_blocks, 8]: first token, tokens, position, tiles, request, context length
+    # int32 [max_blocks, 8]: first token, tokens, first position, tiles, request, context length, first tile, split
+    block_list: torch.Tensor
     list_length: torch.Tensor  # int32 [1], on the device
 
 
-_PLANNED_ROWS, _PLANNED_TILE = 128, 128  # those of gluon_kernels.prefill_attention
+PLANNED_ROWS, PLANNED_TILE = 128, 128  # those of gluon_kernels.prefill_attention
 
 
 def plan_prefill_triton(
@@ -270,7 +273,7 @@ def plan_prefill_triton(
     """List the query blocks of a step on the device; arguments as for `prefill_attention.plan_prefill`, unchecked."""
     group_size = num_heads // k_cache.shape[1]
     pack = group_size & -group_size
-    tokens = _PLANNED_ROWS // pack
+    tokens = PLANNED_ROWS // pack
     num_requests = context_lens.shape[0]
     max_blocks = num_tokens // tokens + num_requests
     block_list = torch.empty(max_blocks, 8, dtype=torch.int32, device=cu_seqlens_q.device)
@@ -282,23 +285,23 @@ def plan_prefill_triton(
         block_list,
         num_requests,
         TOKENS=tokens,
-        TILE=_PLANNED_TILE,
+        TILE=PLANNED_TILE,
         PADDED_REQUESTS=max(16, triton.next_power_of_2(num_requests)),
         num_warps=4,
     )
     return PrefillPlan(pack, block_list, list_length)
 
 
-def fits_hopper_kernel(q: torch.Tensor, k_cache: torch.Tensor) -> bool:
+def fits_hopper_kernel(num_heads: int, k_cache: torch.Tensor) -> bool:
     """Return whether `gluon_kernels.prefill_attention` runs on this GPU, with these heads and blocks."""
     num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
-    group_size = q.shape[1] // num_kv_heads
+    group_size = num_heads // num_kv_heads
     return (
         is_hopper(k_cache.device)
         and k_cache.element_size() == 2
         and head_dim in (64, 128)
         and group_size & -group_size <= 16
-        and block_size % _PLANNED_TILE == 0
+        and block_size % PLANNED_TILE == 0
         and num_blocks * num_kv_heads * block_size < 2**31
     )
 
@@ -364,7 +367,7 @@ def prefill_attention_triton(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0 or num_requests == 0:
         return out
-    if shape is None and fits_hopper_kernel(q, k_cache):
+    if shape is None and fits_hopper_kernel(num_heads, k_cache):
         from blendserve_kernels.gluon_kernels import prefill_attention
 
         plan = plan or plan_prefill_triton(k_cache, cu_seqlens_q, context_lens, num_tokens, num_heads)
