@@ -126,6 +126,22 @@ def _activate(gate, up, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _store_product(accumulator, out_desc, out_tile, row, tile_n, FUSED: gl.constexpr):
+    """Write the results of a whole half tile, [64, 256] in the layout of the product."""
+    dtype: gl.constexpr = out_desc.dtype
+    if FUSED:
+        # 8 columns of gate, 8 of up: a thread holds 2 of the ones and the same 2 of the others.
+        gate, up = gl.split(gl.permute(gl.reshape(accumulator, [64, 16, 2, 8]), (0, 1, 3, 2)))
+        fused = gl.reshape(_activate(gate, up, dtype), [64, 128])
+        _store_tile(fused, out_desc, out_tile, row, tile_n * 128)
+    else:
+        halves = gl.permute(gl.reshape(accumulator.to(dtype), [64, 2, 128]), (0, 2, 1))
+        left, right = gl.split(halves)
+        _store_tile(left, out_desc, out_tile, row, tile_n * 256)
+        _store_tile(right, out_desc, out_tile, row, tile_n * 256 + 128)
+
+
+@gluon.jit
 def _sum_of_splits(sums_ptr, cut, num_cut, num_splits, columns, LAYOUT: gl.constexpr):
     """Add up 64 x 128 sums that the splits of a cut half tile left, in the order of the splits."""
     rows = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
@@ -154,6 +170,36 @@ def _store_sum_of_splits(sums_ptr, cut, num_cut, num_splits, out_desc, out_tile,
 
 
 @gluon.jit
+def _leave_split(
+    half: gl.constexpr,
+    accumulator,
+    unit,
+    num_cut,
+    num_splits,
+    sums_ptr,
+    counters_ptr,
+    out_desc,
+    out_tile,
+    row,
+    tile_n,
+    FUSED: gl.constexpr,
+    MMA: gl.constexpr,
+):
+    """Leave the sum of one split of a half tile, and finish the half tile if all others are there."""
+    cut = unit % num_cut * 2 + half
+    rows = gl.arange(0, 64, gl.SliceLayout(1, MMA))
+    columns = gl.arange(0, 256, gl.SliceLayout(0, MMA))
+    own_ptr = sums_ptr + (unit * 2 + half) * (64 * 256)
+    gl.store(own_ptr + rows[:, None] * 256 + columns[None, :], accumulator)
+    _barrier()  # all threads' sums are written before they are announced
+    num_arrived = gl.atomic_add(counters_ptr + cut, 1, sem="acq_rel", scope="gpu")
+    _barrier()
+    if num_arrived == num_splits - 1:
+        gl.store(counters_ptr + cut, 0)  # ready for the next launch
+        _store_sum_of_splits(sums_ptr, cut, num_cut, num_splits, out_desc, out_tile, row, tile_n, FUSED)
+
+
+@gluon.jit
 def _multiply_tiles(
     half: gl.constexpr,
     out_desc,
@@ -176,7 +222,6 @@ def _multiply_tiles(
 ):
     """Multiply one half, 64 rows, of each of the program's units."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    dtype: gl.constexpr = out_desc.dtype
     num_cut = num_m * num_n - num_whole
     num_units = num_whole + num_cut * num_splits
     count = 0
@@ -198,36 +243,27 @@ def _multiply_tiles(
         _barrier()
         mbarrier.arrive(empty.index((count - 1) % STAGES), count=1)
         row = tile_m * 128 + half * 64
-        is_cut = False
         if SPLIT:
-            is_cut = index >= num_whole
-        if is_cut:
-            unit = index - num_whole
-            cut = unit % num_cut * 2 + half
-            rows = gl.arange(0, 64, gl.SliceLayout(1, MMA))
-            columns = gl.arange(0, 256, gl.SliceLayout(0, MMA))
-            gl.store(
-                sums_ptr + (unit * 2 + half) * (64 * 256) + rows[:, None] * 256 + columns[None, :],
-                accumulator,
-            )
-            _barrier()  # all threads' sums are written before they are announced
-            num_arrived = gl.atomic_add(counters_ptr + cut, 1, sem="acq_rel", scope="gpu")
-            _barrier()
-            if num_arrived == num_splits - 1:
-                gl.store(counters_ptr + cut, 0)  # ready for the next launch
-                _store_sum_of_splits(
-                    sums_ptr, cut, num_cut, num_splits, out_desc, out_tiles.index(half), row, tile_n, FUSED
+            if index >= num_whole:
+                _leave_split(
+                    half,
+                    accumulator,
+                    index - num_whole,
+                    num_cut,
+                    num_splits,
+                    sums_ptr,
+                    counters_ptr,
+                    out_desc,
+                    out_tiles.index(half),
+                    row,
+                    tile_n,
+                    FUSED,
+                    MMA,
                 )
-        elif FUSED:
-            # 8 columns of gate, 8 of up: a thread holds 2 of the ones and the same 2 of the others.
-            gate, up = gl.split(gl.permute(gl.reshape(accumulator, [64, 16, 2, 8]), (0, 1, 3, 2)))
-            fused = gl.reshape(_activate(gate, up, dtype), [64, 128])
-            _store_tile(fused, out_desc, out_tiles.index(half), row, tile_n * 128)
+            else:
+                _store_product(accumulator, out_desc, out_tiles.index(half), row, tile_n, FUSED)
         else:
-            halves = gl.permute(gl.reshape(accumulator.to(dtype), [64, 2, 128]), (0, 2, 1))
-            left, right = gl.split(halves)
-            _store_tile(left, out_desc, out_tiles.index(half), row, tile_n * 256)
-            _store_tile(right, out_desc, out_tiles.index(half), row, tile_n * 256 + 128)
+            _store_product(accumulator, out_desc, out_tiles.index(half), row, tile_n, FUSED)
     tma.store_wait(pendings=0)
 
 
@@ -379,7 +415,7 @@ def launch(
     num_tiles = num_m * num_n
     num_whole, num_splits = choose_splits(num_tiles, num_k, num_programs) if can_split else (num_tiles, 1)
     num_cut = num_tiles - num_whole
-    sums, counters = out, out  # not looked at
+    sums = counters = None
     if num_cut:
         sums = torch.empty(num_cut * num_splits, TILE_M * TILE_N, dtype=torch.float32, device=x.device)
         counters = _counters(x.device, 2 * num_cut)
