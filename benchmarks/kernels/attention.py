@@ -42,10 +42,10 @@ MAX_TOKENS = 512 * 16384
 
 
 class KVPool:
-    """K and V for MAX_TOKENS tokens of one layer; smaller shapes take several disjoint parts of it in turn."""
+    """K and V for num_tokens tokens of one layer; smaller shapes take several disjoint parts of it in turn."""
 
-    def __init__(self) -> None:
-        shape = (MAX_TOKENS // BLOCK_SIZE, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    def __init__(self, num_tokens: int = MAX_TOKENS) -> None:
+        shape = (num_tokens // BLOCK_SIZE, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
         self.k_cache, self.v_cache = (torch.empty(shape, device="cuda", dtype=DTYPE) for _ in range(2))
         for cache in (self.k_cache, self.v_cache):
             for part in cache.split(4096):
@@ -84,7 +84,7 @@ def bench_decode(
 
     plans = [plan(table) for table in tables]
     chosen = torch.randperm(num_requests, device="cuda")[:8]
-    expected = _decode_twin(pool, q[chosen], tables[-1][chosen], lens[chosen])
+    expected = decode_twin(pool, q[chosen], tables[-1][chosen], lens[chosen])
     check_close(f"decode {num_requests} x {context}", call(tables[-1], plans[-1])[chosen], expected)
     seconds = median_seconds([partial(call, *layer) for layer in zip(tables, plans, strict=True)])
     rate = int(lens.sum()) * KV_BYTES_PER_TOKEN / seconds
@@ -100,8 +100,8 @@ def bench_decode(
     }
 
 
-def _decode_twin(pool: KVPool, q: torch.Tensor, table: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
-    """The twin in float32 over a copy of the blocks that the table names."""
+def decode_twin(pool: KVPool, q: torch.Tensor, table: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+    """Return what the twin gives in float32 over a copy of the blocks that the table names."""
     blocks, positions = table.flatten().unique(return_inverse=True)
     k, v = (cache[blocks].float() for cache in (pool.k_cache, pool.v_cache))
     return reference.decode_attention(q.float(), k, v, positions.view(table.shape).to(torch.int32), lens, SCALE)
@@ -147,7 +147,7 @@ def bench_invariant_decode(pool: KVPool, num_requests: int, context: int, copy_r
         return prefill_attention(q, pool.k_cache, pool.v_cache, table, bounds, lens, SCALE, 1, plan)
 
     chosen = torch.randperm(num_requests, device="cuda")[:8]
-    expected = _decode_twin(pool, q[chosen], tables[-1][chosen], lens[chosen])
+    expected = decode_twin(pool, q[chosen], tables[-1][chosen], lens[chosen])
     check_close(f"invariant decode {num_requests} x {context}", call(tables[-1])[chosen], expected)
     seconds = median_seconds([partial(call, table) for table in tables])
     rate = num_requests * context * KV_BYTES_PER_TOKEN / seconds
@@ -182,7 +182,7 @@ def bench_shared_prefix(pool: KVPool, num_requests: int, prefix: int, suffix: in
     plain_plans = [plan_decode(pool.k_cache, table, lens, HEADS) for table in tables]
 
     check_close(
-        f"shared prefix {prefix} + {suffix}", shared(tables[-1], plans[-1]), _decode_twin(pool, q, tables[-1], lens)
+        f"shared prefix {prefix} + {suffix}", shared(tables[-1], plans[-1]), decode_twin(pool, q, tables[-1], lens)
     )
     shared_seconds = median_seconds([partial(shared, *layer) for layer in zip(tables, plans, strict=True)])
     plain_seconds = median_seconds([partial(plain, *layer) for layer in zip(tables, plain_plans, strict=True)])

@@ -22,23 +22,16 @@ from benchmarks.kernels.measuring import (
     HEADS,
     KV_BYTES_PER_TOKEN,
     PROJECTIONS,
-    copy_bytes_per_second,
     median_seconds,
 )
-from blendserve_kernels.gluon_kernels import decode_attention as hopper_decode
 from blendserve_kernels.gluon_kernels import linear as hopper_linear
 from blendserve_kernels.silu_and_multiply import silu_and_multiply
 from blendserve_kernels.triton_kernels.decode_attention import (
     LaunchShape,
-    choose_decode_shape,
     decode_attention_triton,
     plan_decode_triton,
 )
 from blendserve_kernels.triton_kernels.prefill_attention import PrefillShape, prefill_attention_triton
-from blendserve_kernels.triton_kernels.shared_prefix_attention import (
-    plan_shared_prefix_triton,
-    shared_prefix_decode_attention_triton,
-)
 
 
 def _attempt(name: str, figure: Callable[[], str]) -> None:
@@ -109,72 +102,6 @@ def tune_prefill(pool: KVPool) -> None:
             _attempt(f"prefill {num_tokens} {shape}".replace("PrefillShape", ""), figure)
 
 
-def tune_shared_prefix(pool: KVPool) -> None:
-    """Print the time of shared-prefix decode for the tiles of its prefix part."""
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    prefix, suffix, batch = 4096, 128, 64
-    lens = torch.full((batch,), prefix + suffix, device="cuda", dtype=torch.int32)
-    prefix_lens = torch.full_like(lens, prefix)
-    groups = (prefix_lens, *(torch.tensor([n], device="cuda", dtype=torch.int32) for n in (0, batch)))
-    q = torch.randn(batch, HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
-    tables = pool.parts(batch, prefix + suffix)[:4]
-    for table in tables:
-        table[:, : prefix // 128] = table[0, : prefix // 128].clone()
-    for rows, tile, stages, warps, num_programs in (
-        (64, 128, 3, 4, num_sms),
-        (64, 64, 5, 4, num_sms),
-        (64, 64, 5, 4, 128),
-        (64, 64, 5, 8, 128),
-    ):
-        shape = LaunchShape(True, tile, stages, warps, num_programs)
-
-        def figure(rows: int = rows, shape: LaunchShape = shape) -> str:
-            calls = [
-                partial(
-                    shared_prefix_decode_attention_triton,
-                    *(q, pool.k_cache, pool.v_cache, table, lens, *groups, SCALE),
-                    plan=plan_shared_prefix_triton(
-                        *(pool.k_cache, table, lens, *groups, HEADS), prefix_rows=rows, prefix_shape=shape
-                    ),
-                )
-                for table in tables
-            ]
-            return f"{median_seconds(calls, 9) * 1e6:.1f} us"
-
-        _attempt(f"shared prefix rows {rows} {shape}".replace("LaunchShape", ""), figure)
-
-
-def tune_hopper_decode(pool: KVPool) -> None:
-    """Print the share of a copy's bandwidth for the boxes and the programs of the decode kernel for Hopper."""
-    copy_rate = copy_bytes_per_second()
-    for lens in (
-        torch.full((64,), 512),
-        torch.full((256,), 512),
-        torch.randint(100, 301, (1000,)),
-        torch.full((256,), 2048),
-    ):
-        lens = lens.to(device="cuda", dtype=torch.int32)
-        q = torch.randn(len(lens), HEADS, HEAD_DIM, device="cuda", dtype=DTYPE)
-        tables = pool.parts(len(lens), int(lens.max()))
-        for box, programs in ((16, None), (32, None), (64, None), (16, 128), (16, 96), (16, 48), (16, 32)):
-            hopper_decode.BOX = box
-            shape = choose_decode_shape(pool.k_cache, HEADS // pool.k_cache.shape[1], programs)
-
-            def figure(shape: LaunchShape = shape) -> str:
-                calls = [
-                    partial(
-                        decode_attention_triton,
-                        *(q, pool.k_cache, pool.v_cache, table, lens, SCALE),
-                        plan=plan_decode_triton(pool.k_cache, table, lens, HEADS, shape=shape),
-                    )
-                    for table in tables
-                ]
-                seconds = median_seconds(calls, 9)
-                return f"{int(lens.sum()) * KV_BYTES_PER_TOKEN / seconds / copy_rate:.3f} {seconds * 1e6:.1f} us"
-
-            _attempt(f"decode {len(lens)} x {int(lens.max())} box {box} programs {programs}", figure)
-
-
 def tune_linear(pool: KVPool) -> None:
     """Print the time of the fused half of the MLP for groups of row tiles, and of cuBLAS with the activation."""
     num_in, num_out = PROJECTIONS[2]
@@ -206,7 +133,7 @@ def tune_linear(pool: KVPool) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     kv_pool = KVPool()
-    wanted = sys.argv[1:] or ["decode", "prefill", "shared_prefix", "hopper_decode", "linear"]
-    for tune in (tune_decode, tune_prefill, tune_shared_prefix, tune_hopper_decode, tune_linear):
+    wanted = sys.argv[1:] or ["decode", "prefill", "linear"]
+    for tune in (tune_decode, tune_prefill, tune_linear):
         if tune.__name__.removeprefix("tune_") in wanted:
             tune(kv_pool)

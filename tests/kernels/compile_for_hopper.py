@@ -44,8 +44,9 @@ def main() -> None:
     q, cache = torch.zeros(4, 8, 128, dtype=torch.bfloat16), torch.zeros(4, 2, 128, 128, dtype=torch.bfloat16)
     tables, out = ints.view(4, 16), torch.empty_like(q)
     splits = torch.zeros(8, 4, 8, 128), torch.zeros(8, 4, 8)
-    decode_attention.launch(q, cache, cache.clone(), 0.1, ints, ints, ints, ints, out, None, 48)
-    decode_attention.launch(q, cache, cache.clone(), 0.1, ints, ints, ints, ints, out, splits, 132, True)
+    plan = ints, ints, ints, ints
+    decode_attention.launch(q, cache, cache.clone(), 0.1, *plan, out, None, 48, begins_early=True)
+    decode_attention.launch(q, cache, cache.clone(), 0.1, *plan, out, splits, 132, waits_for_prefix=True)
     prefill_attention.launch(q, cache, cache.clone(), tables, 0.1, 4, ints, ints, out, 132)
     prefill_attention.launch(q, cache, cache.clone(), tables, 0.1, 4, ints, ints, splits[0], 132, splits[1])
     x, weight = torch.zeros(8, 128, dtype=torch.bfloat16), torch.zeros(512, 128, dtype=torch.bfloat16)

@@ -33,9 +33,6 @@ TILE = 64  # keys a tile
 BOX = 16  # keys a copy, where a tile holds fewer than TILE
 STAGES_OF_FEW, STAGES_OF_MANY = 3, 2  # tiles in flight a part: few programs fill the memory's queue only with a third
 _FEW_PROGRAMS = 64  # up to so many are few
-# Programmatic dependent launch: begin while the kernel before ends, and let the next one do so.
-BEGIN_EARLY = False  # plain decode: set up, then wait
-BEGIN_DURING_PREFIX = True  # suffixes: wait for the prefix part only where its result is merged
 _PANEL = 64  # columns of a copy: 128 bytes, as wide as shared memory is swizzled
 
 _FLAG_FIRST = gl.constexpr(1 << 9)
@@ -631,11 +628,15 @@ def launch(
     out: torch.Tensor,
     prefix_result: tuple[torch.Tensor, torch.Tensor] | None,
     num_programs: int,
-    is_behind_prefix: bool = False,
+    *,
+    begins_early: bool = False,
+    waits_for_prefix: bool = False,
 ) -> None:
     """Run the kernel over a plan of tiles of TILE keys; a suffix brings what its prefix left.
 
-    is_behind_prefix: the kernel launched last is that of the prefix part, and it was not launched early itself.
+    begins_early: by programmatic dependent launch, to wait before anything is read.
+    waits_for_prefix: the same, behind the kernel of a prefix part that was not launched early itself; what is read
+    before the result of the prefix is older than that kernel.
     prefix_result: (out float32 [num_splits, B, num_heads, D], lse float32 [num_splits, B, num_heads], base 2); a split
     that saw no keys has an lse of -inf, and any out.
     """
@@ -648,8 +649,6 @@ def launch(
     num_state_rows = 4 * num_programs * columns
     state = torch.empty(num_state_rows, head_dim, dtype=torch.float32, device=q.device)
     extrema = torch.empty(num_state_rows, 2, dtype=torch.float32, device=q.device)
-    begins_early = BEGIN_EARLY and prefix_result is None
-    waits_for_prefix = BEGIN_DURING_PREFIX and is_behind_prefix
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     _paged_attention_kernel[(num_programs,)](
         TensorDescriptor.from_tensor(aligned(q.contiguous().view(-1, head_dim)), [columns, head_dim], layout),

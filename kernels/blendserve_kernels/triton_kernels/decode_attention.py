@@ -36,7 +36,11 @@ _FLAG_LAST = tl.constexpr(1 << 10)
 _FLAG_PREFIX = tl.constexpr(1 << 11)
 _SHIFT_ROWS = tl.constexpr(12)  # above: how many query rows are real
 
-KEEP_WHOLE = True  # on Hopper: leave a few programs without work where that saves the cutting of all items
+# On Hopper:
+KEEP_WHOLE = True  # leave a few programs without work where that saves the cutting of all items
+# Programmatic dependent launch: begin while the kernel before ends, and let the next one do so.
+BEGIN_EARLY = False  # plain decode, behind itself or rotary embedding: set up, then wait
+BEGIN_DURING_PREFIX = True  # suffixes: wait for the prefix part only where its result is merged
 _MAX_PROGRAMS = 1024
 _INTERPRETED_PROGRAMS = 5  # without a GPU: few, and no divisor of common sizes, so that items are cut
 
@@ -822,8 +826,11 @@ def launch_paged_attention(
         from blendserve_kernels.gluon_kernels import decode_attention
 
         plan_tensors = (plan.list_length, plan.tile_list, plan.parts, plan.counters)
-        result_and_shape = (out, prefix_result, shape.num_programs, is_behind_prefix)
-        decode_attention.launch(q, k_cache, v_cache, scale, *plan_tensors, *result_and_shape)
+        decode_attention.launch(
+            *(q, k_cache, v_cache, scale, *plan_tensors, out, prefix_result, shape.num_programs),
+            begins_early=BEGIN_EARLY and prefix_result is None,
+            waits_for_prefix=BEGIN_DURING_PREFIX and is_behind_prefix,
+        )
         return
     prefix_out, prefix_lse = prefix_result or (out, out)
     num_state_rows = 2 * shape.num_programs * rows

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from blendserve_kernels.triton_kernels import decode_attention
 
 
 @triton.jit
@@ -39,7 +42,10 @@ def _rotary_and_store_kv_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_KV_HEADS: tl.constexpr,
+    LETS_NEXT_BEGIN: tl.constexpr,
 ):
+    if LETS_NEXT_BEGIN:
+        gdc_launch_dependents()
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, BLOCK_HALF)[None, :]
@@ -106,6 +112,7 @@ def rotary_and_store_kv_triton(
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
         BLOCK_HEADS=triton.next_power_of_2(num_heads),
         BLOCK_KV_HEADS=triton.next_power_of_2(num_kv_heads),
+        LETS_NEXT_BEGIN=decode_attention.BEGIN_EARLY and decode_attention.is_hopper(q.device),
         num_warps=4,
     )
     return q_out
