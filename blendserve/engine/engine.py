@@ -111,7 +111,7 @@ class LLMEngine:
             is_batch_invariant=is_invariant,
             overlap=overlap,
         )
-        self._is_paced = overlap is not None
+        self._paced_tokens = overlap.min_prefill_tokens if overlap else None
         self._max_in_flight = max_in_flight or (2 if device.type == "cuda" else 1)
         self._texts: dict[int, GrowingText] = {}  # by position, where stop strings have to be looked for
         self._num_steps = self._num_shrinks = 0
@@ -150,7 +150,7 @@ class LLMEngine:
             max_num_seqs=self.limits.max_num_seqs,
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
-            is_paced=self._is_paced,
+            paced_tokens=self._paced_tokens,
         )
         self._num_steps, self._ended = 0, time.perf_counter()
         self._started = self._ended

@@ -79,7 +79,9 @@ class ModelRunner:
         self._is_batch_invariant = is_batch_invariant
         self.overlap = overlap
         self._side_stream: torch.cuda.Stream | None = None
+        self._num_sms = 0
         if self._is_gpu:
+            self._num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
             self._side_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -222,7 +224,7 @@ class ModelRunner:
         longest_chunk: int,
         sampled: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        batches = model_batches(words, shape, tables, self._last_tokens, longest_chunk)
+        batches = model_batches(words, shape, tables, self._last_tokens, longest_chunk, self._num_sms)
         if len(batches) == 1:
             return self.model.forward(batches[0], self._kv_cache, sampled)
         hidden = torch.cat(self._forward_side_by_side(*batches))

@@ -18,8 +18,11 @@ _LEAST_STEP_TOKENS = 512
 class Pace:
     """Learns costs from the requests that are admitted, and gives each step its share of the left front's prefill."""
 
-    def __init__(self, scanner: DualScanner) -> None:
+    def __init__(self, scanner: DualScanner, least_tokens: int) -> None:
+        """least_tokens: shares are saved up until they are as many, since fewer don't pay beside decodes."""
         self._scanner = scanner
+        self._least_tokens = least_tokens
+        self._saved_tokens = 0
         self._compute_seconds = self._memory_seconds = 0.0  # of the requests so far
         self._tokens = self._kv_reads = 0.0  # what those seconds are for
 
@@ -33,13 +36,26 @@ class Pace:
         self._kv_reads += num_prompt * num_output + num_output**2 / 2
 
     def left_prefill_tokens(self, running: RunningRequests, num_decodes: int) -> int:
-        """Prefill tokens that the left front may have in a step of `num_decodes` decodes."""
+        """Prefill tokens that the left front may have in a step of `num_decodes` decodes, 0 or `least_tokens` and more.
+
+        Without decodes there is no limit.
+        """
+        if num_decodes == 0:
+            return 1 << 30
+        self._saved_tokens += self._share(running, num_decodes)
+        if self._saved_tokens < self._least_tokens:
+            return 0
+        tokens, self._saved_tokens = self._saved_tokens, 0
+        return tokens
+
+    def _share(self, running: RunningRequests, num_decodes: int) -> int:
+        """The left front's prefill tokens for one step, by the proportion of what remains of both kinds of work."""
         rows = running.active_rows()
         context, remaining = running.num_tokens(rows), running.remaining_output_tokens(rows)
         kv_reads_left = float((context * remaining + remaining**2 / 2).sum())
         least = max(_LEAST_STEP_TOKENS - num_decodes, 0)
         if self._memory_seconds <= 0.0 or self._compute_seconds <= 0.0 or kv_reads_left == 0.0:
-            return least if num_decodes else 1 << 30
+            return least
         seconds_per_read = self._memory_seconds / self._kv_reads
         seconds_per_token = self._compute_seconds / self._tokens
         compute_left = self._scanner.compute_remaining + seconds_per_token * float(remaining.sum())

@@ -32,9 +32,10 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
-        is_paced: bool = False,
+        paced_tokens: int | None = None,
     ) -> None:
-        """is_paced: the left front is prefilled at the pace of the running decodes, where both overlap."""
+        """paced_tokens: where both overlap, the left front is prefilled at the pace of the running decodes, in steps of
+        as many tokens or more."""
         self._waiting = UpcomingRequests(source)
         self._kv_cache = kv_cache
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -43,7 +44,9 @@ class Scheduler:
         self._prefilling: list[int] = []  # rows, in the order of admission
         self._drained: list[tuple[int, int]] = []  # (row, serial): blocks to give back once their last step is planned
         self._preempted: deque[Request] = deque()
-        self._pace = Pace(self._waiting.scanner) if is_paced and source.is_two_ended else None
+        self._pace: Pace | None = None
+        if paced_tokens is not None and source.is_two_ended:
+            self._pace = Pace(self._waiting.scanner, paced_tokens)
         self._left_budget = 0  # prefill tokens that the left front may still have in this step
         self._num_steps = 0
         self._is_planned = np.zeros(max_num_seqs, dtype=np.bool_)  # into this step: these can't be preempted

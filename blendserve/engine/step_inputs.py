@@ -107,12 +107,18 @@ def model_words(batch: ScheduledBatch, shape: StepShape, tables: BlockTables, bl
 
 
 def model_batches(
-    words: torch.Tensor, shape: StepShape, tables: torch.Tensor, last_tokens: torch.Tensor, longest_chunk: int
+    words: torch.Tensor,
+    shape: StepShape,
+    tables: torch.Tensor,
+    last_tokens: torch.Tensor,
+    longest_chunk: int,
+    num_sms: int = 0,
 ) -> list[ModelBatch]:
     """The batch from its words on the device, int64 [shape.num_words]; two where decodes and chunks run side by side.
 
     tables: as wide as the longest context needs. last_tokens: int64 [rows], the token that each row sampled last.
-    longest_chunk: in tokens, an upper bound.
+    longest_chunk: in tokens, an upper bound. num_sms: of the device, which decode attention and the chunks' products
+    share where they run side by side.
     """
     token_ids, positions, slots, *parts = torch.split(words, shape.sizes)
     decode_rows, decode_contexts, chunk_rows, chunk_contexts, chunk_starts = parts
@@ -128,7 +134,7 @@ def model_batches(
     first, second = slice(shape.num_decodes), slice(shape.num_decodes, None)
     return [
         ModelBatch(token_ids[first], positions[first], slots[first], decode, None),
-        ModelBatch(token_ids[second], positions[second], slots[second], None, prefill),
+        ModelBatch(token_ids[second], positions[second], slots[second], None, prefill, num_sms - shape.num_programs),
     ]
 
 

@@ -38,3 +38,4 @@ class ModelBatch:
     slot_mapping: torch.Tensor  # int64 [T]
     decode: DecodePart | None
     prefill: PrefillPart | None
+    product_programs: int | None = None  # SMs that products may take, all by default

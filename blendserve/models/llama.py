@@ -53,7 +53,7 @@ class LlamaModel:
 
         sampled: int64 [num_sampled], the tokens whose next token is wanted; without it all T are.
         """
-        layers, eps = self._weights.layers, self.config.rms_norm_eps
+        layers, eps, programs = self._weights.layers, self.config.rms_norm_eps, batch.product_programs
         plans = self._plans(batch, kv_cache[0][0])
         residual = embedding(batch.token_ids, self._weights.embedding)  # [T, H]
         normed = rms_norm(residual, layers[0].input_norm, eps)
@@ -63,9 +63,9 @@ class LlamaModel:
             if is_last and sampled is not None:
                 # What follows works on each token alone, so from here on only the sampled ones matter.
                 attended, residual = attended[sampled], residual[sampled]
-            projected = layer.output(attended)
+            projected = layer.output(attended, programs)
             normed, residual = add_rms_norm(projected, residual, layer.post_attention_norm, eps)
-            fed_forward = layer.down(layer.gate_up(normed))
+            fed_forward = layer.down(layer.gate_up(normed, programs), programs)
             next_norm = self._weights.final_norm if is_last else layers[index + 1].input_norm
             normed, residual = add_rms_norm(fed_forward, residual, next_norm, eps)
         return normed
@@ -92,7 +92,7 @@ class LlamaModel:
         """[T, num_heads * head_dim]: what the heads gather, not yet projected. Stores K and V of all T tokens first."""
         config, head_dim = self.config, self.config.head_dim
         query_size, key_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        qkv = layer.qkv(normed)  # [T, (num_heads + 2 num_kv_heads) * head_dim]
+        qkv = layer.qkv(normed, batch.product_programs)  # [T, (num_heads + 2 num_kv_heads) * head_dim]
         q, k, v = torch.split(qkv, [query_size, key_size, key_size], dim=-1)
         q, k = self._normed_heads(q, layer.q_norm), self._normed_heads(k, layer.k_norm)
         v = v.reshape(-1, config.num_kv_heads, head_dim)

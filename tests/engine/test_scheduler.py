@@ -225,8 +225,10 @@ def test_the_left_front_goes_on_while_the_right_one_waits_for_room() -> None:
     assert finished.index(14) >= 6  # short ones ran beside the first long one
 
 
-@pytest.mark.parametrize("is_paced", [False, True])
-def test_a_paced_left_front_lasts_as_long_as_the_right_ones_decodes(is_paced: bool) -> None:
+@pytest.mark.parametrize(("paced_tokens", "expected"), [(None, (3, 2048 - 20)), (1, (13, 512 - 20)), (800, (14, 0))])
+def test_a_paced_left_front_lasts_as_long_as_the_right_ones_decodes(
+    paced_tokens: int | None, expected: tuple[int, int]
+) -> None:
     prompts = [[number] * 40 for number in range(200)]
     stated = stated_requests(prompts, 1)
     for request in stated[180:]:
@@ -242,14 +244,15 @@ def test_a_paced_left_front_lasts_as_long_as_the_right_ones_decodes(is_paced: bo
     )
     cache = KVCache(2000, BLOCK_SIZE, has_prefix_cache=True)
     scheduler = Scheduler(
-        source, cache, max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=256, is_paced=is_paced
+        source, cache, max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=256, paced_tokens=paced_tokens
     )
     batches = run_to_end(scheduler)
     prefilled = [batch.num_prefill_tokens for batch in batches]
     assert sum(prefilled) == 200 * 40
     last_step = max(index for index, num_tokens in enumerate(prefilled) if num_tokens)
     # Beside 20 decodes a step is filled up to 512 tokens; without a pace the first steps take all they can.
-    assert (last_step, prefilled[1]) == ((13, 512 - 20) if is_paced else (3, 2048 - 20))
+    assert (last_step, prefilled[1]) == expected
+    assert all(tokens == 0 or tokens >= (paced_tokens or 0) for tokens in prefilled[1:last_step])
 
 
 @pytest.mark.parametrize(("is_two_ended", "num_kept_tokens"), [(True, 32), (False, 0)])

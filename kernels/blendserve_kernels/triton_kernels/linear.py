@@ -59,7 +59,12 @@ def fits_hopper_kernel(weight: torch.Tensor) -> bool:
 
 
 def linear_triton(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_programs: int | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_programs: int | None = None,
+    *,
+    can_split: bool = False,
 ) -> torch.Tensor:
     """Launch `linear.linear`; arguments as there, unchecked. No host sync: safe to capture."""
     num_tokens, num_in = x.shape
@@ -70,7 +75,7 @@ def linear_triton(
     if fits_hopper_kernel(weight):
         from blendserve_kernels.gluon_kernels import linear
 
-        linear.launch(x, weight, out, False, num_programs or device_limits(x.device)[0])
+        linear.launch(x, weight, out, False, num_programs or device_limits(x.device)[0], can_split=can_split)
         return out if bias is None else out.add_(bias)
     tile = 128 if x.element_size() == 2 else 64
     _linear_kernel[(triton.cdiv(num_tokens, tile), triton.cdiv(num_out, tile))](
