@@ -1,10 +1,13 @@
 """Makes the workloads of `run.py`: the paper's four traces, at a size for one GPU, with the order of each policy.
 
-    python benchmarks/throughput/workloads.py --output FOLDER [--size small|full] [--trace 1 2 3 4]
+    python benchmarks/throughput/workloads.py --output FOLDER [--size short|small|full] [--trace 1 2 3 4]
 
-The recipe and the length tables are the planner's. Outputs are scaled down so that the longest takes under a third of
-a run, and the mix of sources is solved anew for the density and sharing of each trace with those lengths. A trace is a
-folder with requests.parquet (prompt_token_ids, output_tokens) and orders.parquet (the planner's costs and order).
+The recipe and the length tables are the planner's. A small trace takes about two minutes on an H100, a short one 50 s,
+so that all its requests are in the KV cache at one time, a full one over half an hour. Of short and small ones outputs
+are scaled down so that the longest takes about a third of a small run, and the mix of sources is solved anew for the
+density and sharing of each trace with those lengths; full ones keep the lengths of their sources, up to 16,384 tokens.
+A trace is a folder with requests.parquet (prompt_token_ids, output_tokens) and orders.parquet (the planner's costs and
+order).
 """
 
 from __future__ import annotations
@@ -33,23 +36,26 @@ SOURCES = ("mmlu", "burstgpt", "openvid")
 
 
 class Size(NamedTuple):
-    """ideal_seconds: compute plus memory time at data-sheet peaks, which a real run takes about twice as long as."""
+    """ideal_seconds: compute plus memory time at data-sheet peaks; a real run takes about one and a half times as long.
+
+    mean_output_tokens: of the memory-heavy source, by default its own.
+    """
 
     ideal_seconds: float
-    mean_output_tokens: float
     longest_output_tokens: int
+    mean_output_tokens: float | None = None
 
 
-SIZES = {"small": Size(32.0, 1000.0, 1536), "full": Size(60.0, 1300.0, 2048)}
+SIZES = {"short": Size(32.0, 1536, 1000.0), "small": Size(80.0, 1536, 1000.0), "full": Size(1500.0, 16384)}
 
 
 def draw(source: str, count: int, size: Size, seed: int = 0) -> RequestLengths:
     """Lengths of one source; the memory-heavy one's outputs scaled to the size."""
     lengths = draw_lengths(source, max(count, 1), np.random.default_rng(seed))
-    if source != "openvid":
-        return replace(lengths, output_tokens=np.minimum(lengths.output_tokens, size.longest_output_tokens))
-    scaled = lengths.output_tokens * (size.mean_output_tokens / lengths.output_tokens.mean())
-    return replace(lengths, output_tokens=np.clip(scaled, 8, size.longest_output_tokens).astype(np.int64))
+    output = lengths.output_tokens
+    if source == "openvid" and size.mean_output_tokens is not None:
+        output = np.maximum(output * (size.mean_output_tokens / output.mean()), 8)
+    return replace(lengths, output_tokens=np.clip(output, 1, size.longest_output_tokens).astype(np.int64))
 
 
 def seconds_of(lengths: RequestLengths, costs: CostModel) -> tuple[float, float]:
