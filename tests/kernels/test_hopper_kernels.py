@@ -1,4 +1,7 @@
-"""The kernels for Hopper, emulated on the CPU, against the twins: work lists, indices, masks and barriers."""
+"""The kernels for Hopper, emulated on the CPU, against the twins: work lists, indices, masks and barriers.
+
+The plans are made where the other kernel tests run.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from blendserve_kernels.linear_silu_and_multiply import interleave_gate_up
 from blendserve_kernels.triton_kernels.decode_attention import (
     PLAIN_PART,
     SUFFIX_PART,
+    DecodePlan,
     LaunchShape,
     make_plan,
     rows_of_group,
@@ -21,6 +25,10 @@ from tests.kernels.paged_requests import make_paged_requests
 
 CPU = torch.device("cpu")
 HALF = torch.float16
+
+
+def _decode_work(plan: DecodePlan) -> list[torch.Tensor]:
+    return [x.cpu() for x in (plan.list_length, plan.tile_list, plan.parts, plan.counters)]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +49,7 @@ def test_decode_attention(
     head_dim: int,
     num_programs: int,
     box: int,
+    device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     requests = make_paged_requests(
@@ -49,15 +58,14 @@ def test_decode_attention(
     q = torch.randn(len(context_lens), 2 * group_size, head_dim).to(HALF)
     table, lens, cache = requests.block_table, requests.context_lens, (requests.k_cache, requests.v_cache)
     shape = LaunchShape(True, 64, 0, 4, num_programs, is_for_hopper=True)
-    plan = make_plan(cache[0], table, lens, group_size, part=PLAIN_PART, rows=rows_of_group(group_size), shape=shape)
+    given = (cache[0].to(device), table.to(device), lens.to(device), group_size)
+    work = _decode_work(make_plan(*given, part=PLAIN_PART, rows=rows_of_group(group_size), shape=shape))
     expected = reference.decode_attention(q.float(), *(x.float() for x in cache), table, lens, 0.125)
     kernel = emulated("decode_attention", monkeypatch)
     kernel.BOX = box
     for _ in range(2):  # the second launch finds the counters as the first one left them
         out = torch.full_like(q, torch.nan)
-        kernel.launch(
-            q, *cache, 0.125, plan.list_length, plan.tile_list, plan.parts, plan.counters, out, None, num_programs
-        )
+        kernel.launch(q, *cache, 0.125, *work, out, None, num_programs)
         torch.testing.assert_close(out.float(), expected, atol=4e-3, rtol=1e-2)
 
 
@@ -75,6 +83,7 @@ def test_prefill_attention(
     group_size: int,
     head_dim: int,
     num_programs: int,
+    device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     requests = make_paged_requests(
@@ -86,24 +95,26 @@ def test_prefill_attention(
     q = torch.full((end + 4, num_columns + 3), torch.nan, dtype=HALF)[:, 3:].view(end + 4, -1, head_dim)  # rows apart
     q[begin:end] = torch.randn(end - begin, 2 * group_size, head_dim).to(HALF)
     table, lens, cache = requests.block_table, requests.context_lens, (requests.k_cache, requests.v_cache)
-    plan = plan_prefill_triton(cache[0], bounds, lens, len(q), 2 * group_size)
+    plan = plan_prefill_triton(cache[0], bounds.to(device), lens.to(device), len(q), 2 * group_size)
     out = torch.full_like(q, 8.0)
     kernel = emulated("prefill_attention", monkeypatch)
-    kernel.launch(q, *cache, table, 0.125, plan.pack, plan.list_length, plan.block_list, out, num_programs)
+    work = (plan.pack, plan.list_length.cpu(), plan.block_list.cpu())
+    kernel.launch(q, *cache, table, 0.125, *work, out, num_programs)
     expected = reference.prefill_attention(q.float(), *(x.float() for x in cache), table, bounds, lens, 0.125)
     torch.testing.assert_close(out[begin:end].float(), expected[begin:end], atol=4e-3, rtol=1e-2)
     assert torch.all(out[:begin] == 8.0)
     assert torch.all(out[end:] == 8.0)
 
 
-def test_prefill_attention_of_no_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    zeros = torch.zeros(3, dtype=torch.int32)
+def test_prefill_attention_of_no_chunks(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = torch.zeros(3, dtype=torch.int32, device=device)
     cache = torch.full((1, 1, 128, 64), torch.nan, dtype=HALF)
     plan = plan_prefill_triton(cache, zeros, zeros[:2], 4, 2)
     out = torch.full((4, 2, 64), 8.0, dtype=HALF)
     table = torch.full((2, 1), 2**30, dtype=torch.int32)
     kernel = emulated("prefill_attention", monkeypatch)
-    kernel.launch(out, cache, cache, table, 0.1, plan.pack, plan.list_length, plan.block_list, out.clone(), 2)
+    work = (plan.pack, plan.list_length.cpu(), plan.block_list.cpu())
+    kernel.launch(out, cache, cache, table, 0.1, *work, out.clone(), 2)
     assert torch.all(out == 8.0)
 
 
@@ -122,7 +133,7 @@ def test_linear(num_tokens: int, num_in: int, num_out: int, monkeypatch: pytest.
         torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=1e-2)
 
 
-def test_shared_prefix_in_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_prefix_in_splits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     # A group larger than a query block over 10 tiles, one of two requests over 3, requests without any.
     prefixes = [1280] * 34 + [0] + [384] * 2
     context_lens = [prefix + 1 + 9 * n % 130 for n, prefix in enumerate(prefixes)]
@@ -130,20 +141,16 @@ def test_shared_prefix_in_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = make_paged_requests(context_lens, num_shared_tokens=1280, **cache_of)
     table, lens, cache = requests.block_table, requests.context_lens, (requests.k_cache, requests.v_cache)
     table[36, :3] = table[35, :3]
-    prefix_lens = torch.tensor(prefixes, dtype=torch.int32)
-    starts, sizes = torch.tensor([[0, 35, 0], [34, 2, 0]], dtype=torch.int32)
+    prefix_lens = torch.tensor(prefixes, dtype=torch.int32, device=device)
+    starts, sizes = torch.tensor([[0, 35, 0], [34, 2, 0]], dtype=torch.int32, device=device)
     q = torch.randn(37, 4, 64).to(HALF)
     prefix = plan_splits(prefix_lens, starts, sizes, num_heads=4, num_kv_heads=1, num_programs=24)
     shape = LaunchShape(True, 64, 0, 4, 2, is_for_hopper=True)
-    suffix = make_plan(cache[0], table, lens, 4, part=SUFFIX_PART, rows=16, shape=shape, prefix_lens=prefix_lens)
+    given = (cache[0].to(device), table.to(device), lens.to(device), 4)
+    suffix = make_plan(*given, part=SUFFIX_PART, rows=16, shape=shape, prefix_lens=prefix_lens)
+    prefix_work, lse = (prefix.pack, prefix.list_length.cpu(), prefix.block_list.cpu()), prefix.lse.cpu()
     out, prefix_out = torch.full_like(q, torch.nan), torch.full((8, *q.shape), torch.nan)
-    emulated("prefill_attention", monkeypatch).launch(
-        q, *cache, table, 0.125, prefix.pack, prefix.list_length, prefix.block_list, prefix_out, 3, prefix.lse
-    )
-    emulated("decode_attention", monkeypatch).launch(
-        *(q, *cache, 0.125, suffix.list_length, suffix.tile_list, suffix.parts, suffix.counters, out),
-        (prefix_out, prefix.lse),
-        2,
-    )
+    emulated("prefill_attention", monkeypatch).launch(q, *cache, table, 0.125, *prefix_work, prefix_out, 3, lse)
+    emulated("decode_attention", monkeypatch).launch(q, *cache, 0.125, *_decode_work(suffix), out, (prefix_out, lse), 2)
     expected = reference.decode_attention(q.float(), *(x.float() for x in cache), table, lens, 0.125)
     torch.testing.assert_close(out.float(), expected, atol=4e-3, rtol=1e-2)
