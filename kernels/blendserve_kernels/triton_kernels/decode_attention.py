@@ -180,10 +180,10 @@ def _describe_parts(
     tl.store(words, begin, mask=is_written)
     tl.store(words + 1, end, mask=is_written)
     tl.store(words + 2, tail, mask=is_written)
-    tl.store(words + 3, place, mask=is_mine)
-    tl.store(words + 4, first_request * GROUP_SIZE + part * 0, mask=is_mine)
-    tl.store(words + 5, flags, mask=is_mine)
-    tl.store(words + 6, position + part * 0, mask=is_mine)
+    tl.store(words + 3, place, mask=is_written)
+    tl.store(words + 4, first_request * GROUP_SIZE + part * 0, mask=is_written)
+    tl.store(words + 5, flags, mask=is_written)
+    tl.store(words + 6, position + part * 0, mask=is_written)
 
 
 @triton.jit
