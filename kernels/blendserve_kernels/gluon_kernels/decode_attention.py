@@ -30,7 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from blendserve_kernels.gluon_kernels.alignment import aligned
 
 TILE = 64  # keys a tile
-BOX = 16  # keys a copy, where a tile holds fewer than TILE
+BOX = 8  # keys a copy, where a tile holds fewer than TILE
 STAGES_OF_FEW, STAGES_OF_MANY = 3, 2  # tiles in flight a part: few programs fill the memory's queue only with a third
 _FEW_PROGRAMS = 64  # up to so many are few
 _PANEL = 64  # columns of a copy: 128 bytes, as wide as shared memory is swizzled

@@ -39,7 +39,7 @@ _SHIFT_ROWS = tl.constexpr(12)  # above: how many query rows are real
 # On Hopper:
 KEEP_WHOLE = True  # leave a few programs without work where that saves the cutting of all items
 # Programmatic dependent launch: begin while the kernel before ends, and let the next one do so.
-BEGIN_EARLY = False  # plain decode, behind itself or rotary embedding: set up, then wait
+BEGIN_EARLY = True  # plain decode, behind itself or rotary embedding: set up, then wait
 BEGIN_DURING_PREFIX = True  # suffixes: wait for the prefix part only where its result is merged
 _MAX_PROGRAMS = 1024
 _INTERPRETED_PROGRAMS = 5  # without a GPU: few, and no divisor of common sizes, so that items are cut
