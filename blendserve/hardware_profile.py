@@ -24,10 +24,15 @@ class _Profile(BaseModel):
 
 
 class AffineFit(_Profile):
-    """`fixed_seconds + units * seconds_per_unit`, fitted to measurements of one step, all layers together."""
+    """`fixed_seconds + max(units - free_units, 0) * seconds_per_unit`, fitted to measurements of one step, all layers
+    together.
+
+    free_units: what takes no longer than none, as products of few tokens, for which the weights have to be read anyway.
+    """
 
     fixed_seconds: float = Field(ge=0, allow_inf_nan=False)
     seconds_per_unit: float = Field(gt=0, allow_inf_nan=False)
+    free_units: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class ProfiledModel(_Profile):

@@ -32,6 +32,7 @@ from blendserve.spec import EngineSpec, SamplingSpec
 # Steps before the one that counts: they compile kernels and capture the shape.
 _WARM_UPS = 3
 _REPETITIONS = 3
+_FREE_TOKENS = range(0, 1025, 8)  # how many tokens may take no longer than one, as far as the fit looks
 _LEAST_SECONDS = 1e-15  # of a unit of work that costs too little to be seen
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,25 @@ def fit(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[
         kept = np.delete(kept, int(np.argmin(solution * norms)))
 
 
+def fit_steps(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """`fit` where the first tokens are free: the coefficients, and how many tokens cost no more than none.
+
+    features: [num_steps, num_features], tokens in the second column, as of `StepMix.features`.
+    """
+
+    def freed(free_tokens: int) -> NDArray[np.float64]:
+        changed: NDArray[np.float64] = features.copy()
+        changed[:, 1] = np.maximum(changed[:, 1] - free_tokens, 0)
+        return changed
+
+    def error(free_tokens: int) -> float:
+        changed = freed(free_tokens)
+        return float(np.square(changed @ fit(changed, seconds) / seconds - 1).sum())
+
+    best = min(_FREE_TOKENS, key=error)
+    return fit(freed(best), seconds), float(best)
+
+
 def measure(engine: LLMEngine, *, commit: str) -> HardwareProfile:
     """The profile of the device that `engine` runs on, with its model."""
     limits, runner, kv_bytes = engine.limits, engine.runner, engine.kv_bytes_per_token
@@ -158,7 +178,8 @@ def measure(engine: LLMEngine, *, commit: str) -> HardwareProfile:
     measured = mixes(limits.max_num_seqs, limits.max_num_batched_tokens, capacity)
     seconds = np.array([timer.seconds(mix) for mix in measured])
     features = np.array([mix.features(kv_bytes) for mix in measured])
-    coefficients = fit(features, seconds)
+    coefficients, free_tokens = fit_steps(features, seconds)
+    features[:, 1] = np.maximum(features[:, 1] - free_tokens, 0)
     errors = np.abs(features @ coefficients / seconds - 1)
     log.info("%d kinds of steps; the fits are off by %.1f %% on average", len(measured), 100 * errors.mean())
     fixed, token, sampled, pair, decode_fixed, kv_byte = np.maximum(coefficients, [0, *[_LEAST_SECONDS] * 3, 0, 1e-18])
@@ -168,35 +189,39 @@ def measure(engine: LLMEngine, *, commit: str) -> HardwareProfile:
         memory_bytes=float(memory_bytes(device)),
         model=ProfiledModel(**{name: getattr(config, name) for name in ProfiledModel.model_fields}),
         bytes_per_element=runner.model.dtype.itemsize,
-        gemm=AffineFit(fixed_seconds=fixed, seconds_per_unit=token),
+        gemm=AffineFit(fixed_seconds=fixed, seconds_per_unit=token, free_units=free_tokens),
         head=AffineFit(fixed_seconds=0.0, seconds_per_unit=sampled),
         prefill_attention=AffineFit(fixed_seconds=0.0, seconds_per_unit=pair),
         decode_attention=AffineFit(fixed_seconds=decode_fixed, seconds_per_unit=kv_byte),
-        interference=interference(timer, runner, coefficients, kv_bytes, capacity) if device.type == "cuda" else 1.0,
+        interference=_interference(timer, runner, coefficients, free_tokens, kv_bytes, capacity),
         prefix_readers=1.0,
         commit=commit,
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 
-def interference(
+def _interference(
     timer: StepTimer,
     runner: ModelRunner,
     coefficients: NDArray[np.float64],
+    free_tokens: float,
     kv_bytes_per_token: int,
     capacity_tokens: int,
 ) -> float:
     """How much of the shorter of compute and memory work a step adds to the longer one, where decodes and chunks may
-    run side by side: the mean over steps with about as much of both, each run in the faster way."""
+    run side by side: the mean over steps with about as much of both, each run in the faster way; 1 on a CPU."""
     shares, policy = [], runner.overlap
-    for num_decodes, context_tokens, num_chunks in ((256, 1024, 1), (384, 1024, 2), (512, 768, 4)):
+    mixes = ((256, 1024, 2), (384, 1024, 3), (512, 768, 3)) if runner.model.device.type == "cuda" else ()
+    for num_decodes, context_tokens, num_chunks in mixes:
         if num_decodes * (context_tokens + 256) > capacity_tokens:
             continue
         mix = StepMix(num_decodes, context_tokens, num_chunks, 512)
         times = []
         for runner.overlap in (None, OverlapPolicy(min_kv_tokens=0, min_prefill_tokens=0)):
             times.append(timer.seconds(mix))
-        parts = coefficients * mix.features(kv_bytes_per_token)
+        features = mix.features(kv_bytes_per_token)
+        features[1] = max(features[1] - free_tokens, 0)
+        parts = coefficients * features
         memory, compute = float(parts[4:].sum()), float(parts[:4].sum())
         shares.append((min(times) - max(memory, compute)) / min(memory, compute))
         log.info("%s: %.1f ms in one piece, %.1f ms side by side", mix, *(1e3 * seconds for seconds in times))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blendserve.engine import profiler
-from blendserve.engine.profiler import StepMix, fit, main, mixes
+from blendserve.engine.profiler import StepMix, fit, fit_steps, main, mixes
 from blendserve.hardware_profile import load_profile
 from blendserve.planner.performance_model import load_hardware, load_model_shape
 
@@ -23,6 +23,18 @@ def test_a_fit_finds_the_costs_that_times_were_made_from(factors: list[float]) -
     costs = np.array([5e-3, 2e-5, 2e-6, 1e-10, 3e-4, 3e-13]) * factors
     features = np.array([mix.features(131072) for mix in MIXES])
     np.testing.assert_allclose(fit(features, features @ costs), costs, rtol=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(8, 100))
+def test_a_fit_finds_how_many_tokens_are_free(eighths: int) -> None:
+    features = np.array([mix.features(131072) for mix in MIXES])
+    taken = features.copy()
+    taken[:, 1] = np.maximum(taken[:, 1] - 8 * eighths, 0)
+    costs = np.array([7e-3, 2.2e-5, 1e-6, 1e-10, 3e-4, 3.3e-13])
+    found, free_tokens = fit_steps(features, taken @ costs)
+    features[:, 1] = np.maximum(features[:, 1] - free_tokens, 0)
+    np.testing.assert_allclose(features @ found, taken @ costs, rtol=1e-3)
 
 
 def test_no_cost_is_negative() -> None:
