@@ -103,7 +103,7 @@ SHAPES = {
     "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0}}),
     "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     "qwen2": ("qwen2", {"num_key_value_heads": 2}),
-    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 24}),
+    "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 32}),
 }
 
 
