@@ -29,6 +29,8 @@ class Front(str, Enum):
 class DualScanner:
     """Two fronts that walk towards each other over one shard; each position is taken exactly once.
 
+    A position names a request for good: its place in the shard as it was planned. The order may be revised later.
+
     Let rho_L, rho_R be the unit densities at the two fronts and rho the density of all that remains. The left front's
     share of the KV cache is M_L / M = (rho - rho_R) / (rho_L - rho_R), so that M_L rho_L + M_R rho_R = M rho
     (paper, "dual scan"). The two equations have no non-negative solution when both ends lie on one side of rho; the
@@ -42,6 +44,7 @@ class DualScanner:
         "_left",
         "_memory_remaining",
         "_memory_seconds",
+        "_order",
         "_right",
         "_unit_density",
     )
@@ -64,18 +67,49 @@ class DualScanner:
                 raise ValueError(f"Invalid shape of {name}: expected {compute_seconds.shape}, got {values.shape}.")
             if not bool(np.all(np.isfinite(values) & (values >= 0))):
                 raise ValueError(f"Invalid {name}: expected finite values >= 0; plan the shard again.")
+        self._is_two_ended = is_two_ended
+        self._left = 0  # what remains is the half-open interval [left, right) of the order
+        self._right = len(compute_seconds)
+        self._order = np.arange(self._right)
+        self.revise(self._order, compute_seconds, memory_seconds, unit_density)
+
+    def revise(
+        self,
+        remaining: NDArray[np.int64],
+        compute_seconds: NDArray[np.float64],
+        memory_seconds: NDArray[np.float64],
+        unit_density: NDArray[np.float64],
+    ) -> None:
+        """Go on in the order `remaining`, a permutation of what remains; costs [num_requests] are by position."""
+        self._order[self._left : self._right] = remaining
         self._compute_seconds = compute_seconds
         self._memory_seconds = memory_seconds
         self._unit_density = unit_density
-        self._is_two_ended = is_two_ended
-        self._compute_remaining = float(compute_seconds.sum())
-        self._memory_remaining = float(memory_seconds.sum())
-        self._left = 0  # remaining positions are the half-open interval [left, right)
-        self._right = len(compute_seconds)
+        self._compute_remaining = float(compute_seconds[remaining].sum())
+        self._memory_remaining = float(memory_seconds[remaining].sum())
+
+    @property
+    def is_two_ended(self) -> bool:
+        return self._is_two_ended
 
     @property
     def num_remaining(self) -> int:
         return self._right - self._left
+
+    @property
+    def remaining(self) -> NDArray[np.int64]:
+        """[num_remaining]: the positions that haven't been taken, from the left front to the right one."""
+        remaining: NDArray[np.int64] = self._order[self._left : self._right].copy()
+        return remaining
+
+    def ahead(self, front: Front, num_positions: int) -> list[int]:
+        """The positions that will be taken next at `front`, at most `num_positions`."""
+        ahead: list[int]
+        if front is Front.LEFT:
+            ahead = self._order[self._left : min(self._left + num_positions, self._right)].tolist()
+        else:
+            ahead = self._order[max(self._right - num_positions, self._left) : self._right][::-1].tolist()
+        return ahead
 
     @property
     def compute_remaining(self) -> float:
@@ -97,8 +131,8 @@ class DualScanner:
         """Share of the KV cache, in [0, 1], that requests from the left front should hold now."""
         if not self._is_two_ended or self.num_remaining <= 1:
             return 1.0
-        density_left = float(self._unit_density[self._left])
-        density_right = float(self._unit_density[self._right - 1])
+        density_left = float(self._unit_density[self._order[self._left]])
+        density_right = float(self._unit_density[self._order[self._right - 1]])
         if density_left == density_right:
             return 1.0
         density = self.density_remaining
@@ -136,7 +170,7 @@ class DualScanner:
         """The shard position at `front`, not taken. Raises IndexError when nothing remains."""
         if self.num_remaining == 0:
             raise IndexError("Nothing remains in this shard; ask next_front() first.")
-        return self._left if front is Front.LEFT else self._right - 1
+        return int(self._order[self._left if front is Front.LEFT else self._right - 1])
 
     def take(self, front: Front) -> int:
         """The shard position at `front`, taken: it never comes again. Raises IndexError when nothing remains."""

@@ -95,7 +95,7 @@ def _joined_batches(folder: JobFolder) -> Iterator[tuple[pa.Table, pa.ChunkedArr
     ):
         files = [str(path) for path in folder.completion_files()]
         connection.register("completions", pads.dataset(files, schema=COMPLETIONS, format="parquet"))
-        names = ("requests", "rejected_requests", "sorted_requests")
+        names = ("requests", "rejected_requests", "sorted_requests", "tokenized_requests")
         paths = {name: str(folder.relation(name)) for name in names}
         results = connection.sql(blendserve_sql.read("results"), params=paths).to_arrow_reader(_BATCH_ROWS)
         chunks = _rechunk(results, _BATCH_ROWS)

@@ -115,6 +115,8 @@ PREDICTED_USAGE = _schema(
 )
 
 # plan → run_shard. One file a shard, in plan order; a unit is a run of requests that share a prefix and stay together.
+# generated_token_ids: the output so far of a request that the sample cut off, null: none. length_classes: see
+# `blendserve.length_learning`; null where no length is learnt.
 SCHEDULED_REQUESTS = _schema(
     ("shard_position", pa.int64(), False),
     ("row_index", pa.int64(), False),
@@ -127,6 +129,9 @@ SCHEDULED_REQUESTS = _schema(
     ("memory_seconds", pa.float64(), False),
     ("unit_id", pa.int64(), False),
     ("unit_density", pa.float64(), False),
+    ("num_prompt_tokens", pa.int32(), True),
+    ("generated_token_ids", _TOKEN_IDS, True),
+    ("length_classes", _TOKEN_IDS, True),
 )
 
 # run_shard → merge. error is set exactly when finish_reason is "error".

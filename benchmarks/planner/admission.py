@@ -66,8 +66,8 @@ def main() -> None:
     with TemporaryDirectory() as folder, open_database(Path(folder)) as database:
         costs = partial(compute_costs, database, constants)
         schedule = schedule_requests(job.requests, policy="blend", seed=0, num_shards=1, costs=costs)
-    simulator = TimedSimulator(job.simulated_requests(), machine)
-    simulator.assign(_shard(schedule, 0, np.arange(job.num_requests), job, job.lengths))
+    shard = _shard(schedule, 0, np.arange(job.num_requests), job, job.lengths)
+    simulator = TimedSimulator(job.simulated_requests(), machine, shard)
     simulator.run()
     is_busy = np.array(simulator.num_running) >= NUM_RUNNING
     milliseconds = 1000 * np.array(simulator.admit_seconds)[is_busy]

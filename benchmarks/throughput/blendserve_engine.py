@@ -21,6 +21,8 @@ from blendserve.spec import EngineSpec, SamplingSpec
 class Source:
     """The requests as the scheduler asks for them."""
 
+    learner = None  # their lengths are known
+
     def __init__(self, requests: OrderedRequests, count: int | None = None) -> None:
         self._requests = requests
         self.is_two_ended = requests.is_two_ended

@@ -41,12 +41,16 @@ class MemoryForecast:
 
     def fits(self, request: Request, num_cached_tokens: int, num_revived_tokens: int) -> bool:
         """Whether `request` fits too. num_cached_tokens: of its prompt, in the cache; num_revived_tokens: of those, the
-        ones that no running request holds, so that they can't be evicted any more."""
+        ones that no running request holds, so that they can't be evicted any more.
+
+        What comes after its end isn't its business: otherwise short requests would wait for room that long ones will
+        need much later.
+        """
         base, own, remaining = self._beside(request, num_cached_tokens, num_revived_tokens)
         freed_before = np.cumsum(own) - own
         num_unfinished = np.arange(len(own), 0, -1)
-        peak = int((base - freed_before + num_unfinished * (remaining + self._unfilled_tokens)).max())
-        return peak <= self._capacity_tokens
+        held = base - freed_before + num_unfinished * (remaining + self._unfilled_tokens)
+        return int(held[remaining <= request.remaining_output_tokens].max()) <= self._capacity_tokens
 
     def add(self, request: Request, num_cached_tokens: int, num_revived_tokens: int) -> None:
         """Count `request` as running."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from blendserve.dual_scanner import Front
 from blendserve.engine.shard_reader import ShardReader
 
 
@@ -13,18 +12,16 @@ class BatchDensity:
 
     def __init__(self, reader: ShardReader) -> None:
         self._scanner = reader.scanner
-        costs = np.stack([reader.compute_seconds, reader.memory_seconds])  # [2, num_requests]
-        self._costs = dict(zip(reader.remaining_row_indices.tolist(), costs.T, strict=True))
-        self._before = np.concatenate([np.zeros((2, 1)), np.cumsum(costs, axis=1)], axis=1)  # [2, num_requests + 1]
-        self._finished = np.zeros(2)
+        self._costs = np.stack([reader.compute_seconds, reader.memory_seconds])  # [2, num_requests]
+        self._position = {row: position for position, row in enumerate(reader.remaining_row_indices.tolist())}
+        self._is_finished = np.zeros(reader.num_requests, dtype=np.bool_)
 
     def finish(self, row_index: int) -> None:
-        self._finished += self._costs[row_index]
+        self._is_finished[self._position[row_index]] = True
 
     def value(self) -> float | None:
         """Of the requests that were admitted and aren't finished; None while there are none."""
-        num_left = self._scanner.num_remaining
-        first = self._scanner.peek(Front.LEFT) if num_left else 0
-        waiting = self._before[:, first + num_left] - self._before[:, first] if num_left else np.zeros(2)
-        compute, memory = self._before[:, -1] - waiting - self._finished
+        is_running = ~self._is_finished
+        is_running[self._scanner.remaining] = False
+        compute, memory = self._costs[:, is_running].sum(axis=1)
         return round(float(compute / memory), 3) if memory > 1e-12 and compute > 0 else None

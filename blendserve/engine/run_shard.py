@@ -161,6 +161,7 @@ class _ShardRun:
         def on_finished(completion: Completion) -> None:
             writer.add(completion)
             self._num_done += 1
+            self._reader.finish(completion)
             self._density.finish(completion.row_index)
             if self._num_done == self._num_requests and self._last_step is not None:
                 self._report(self._last_step)

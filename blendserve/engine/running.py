@@ -135,6 +135,11 @@ class RunningRequests:
         """Which count for the right front: those from there, and those that have outlived their estimate."""
         return self._is_right[rows] | (self.generated_tokens[rows] > self.estimated_tokens[rows])
 
+    def expect(self, rows: IntArray, output_tokens: IntArray) -> None:
+        """Expect other lengths in all; what has outlived its estimate goes on counting for the right front."""
+        self._is_right[rows] = self.is_right(rows)
+        self.estimated_tokens[rows] = np.maximum(output_tokens, 1)
+
     def footprint_tokens(self, rows: IntArray) -> NDArray[np.float64]:
         """KV cache tokens that each alone holds, averaged over its life: p - shared + d / 2."""
         output_tokens = self.generated_tokens[rows] + self.remaining_output_tokens(rows)

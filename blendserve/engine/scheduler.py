@@ -66,6 +66,8 @@ class Scheduler:
         self._is_planned[:] = False
         self._kv_cache.begin_step()
         self._release_drained()
+        for row in self._waiting.learn(self._num_steps, self.running, self._capacity_tokens):
+            self._preempt(batch, row)
         needed_blocks = self.running.num_active + self._kv_cache.blocks_for(self._max_num_batched_tokens)
         if self._kv_cache.num_free_blocks <= needed_blocks and self._waiting.has_moved(self._num_steps):
             self._kv_cache.pin(self._waiting.ahead())
@@ -259,6 +261,8 @@ class Scheduler:
         """
         if self._preempted:
             yield self._preempted[0], None
+            if self._waiting.scanner.is_two_ended and self._waiting.scanner.num_remaining:
+                yield self._waiting.peek(Front.LEFT), Front.LEFT  # runs in the room that is too small for the first
             return
         scanner, held, capacity = self._waiting.scanner, forecast.footprint_tokens, float(self._capacity_tokens)
         front = scanner.next_front(held[Front.LEFT], held[Front.RIGHT], capacity)

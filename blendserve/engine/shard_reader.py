@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
@@ -13,13 +14,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blendserve.dual_scanner import DualScanner
-from blendserve.engine.request import Request
+from blendserve.engine.request import Completion, FinishReason, Request
 from blendserve.engine.sampler import request_seed
 from blendserve.errors import PlanError
+from blendserve.length_learning import LEARNING_KEY, LengthLearner, ObservedLengths, ShardLengths
 from blendserve.schemas import SCHEDULED_REQUESTS
 
-# Two fronts, each with the row group it stands in and the next one, which is read ahead for pinning.
-_MAX_ROW_GROUPS = 4
+# Prompts that are kept in memory: what lies around two fronts, and units from elsewhere in the file where what has been
+# learnt of lengths has put them in another order.
+_MAX_KEPT_TOKENS = 2**25
 
 
 class ShardReader:
@@ -42,18 +45,30 @@ class ShardReader:
         row_counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
         self._group_starts = np.concatenate(([0], np.cumsum(row_counts, dtype=np.int64)))
         self._groups: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
+        self._kept_tokens = 0
         self.row_indices = self._numbers("row_index").astype(np.int64)  # of all requests in the file
         self._remaining = np.flatnonzero(~np.isin(self.row_indices, list(done_rows)))
         self.remaining_row_indices = self.row_indices[self._remaining]  # of those that still have to run
         self.compute_seconds = self._numbers("compute_seconds")[self._remaining]
         self.memory_seconds = self._numbers("memory_seconds")[self._remaining]
-        self.max_completion_tokens = int(self._numbers("max_tokens")[self._remaining].sum())
+        self._max_tokens = self._numbers("max_tokens")[self._remaining].astype(np.int64)
+        self.max_completion_tokens = int(self._max_tokens.sum())
         self.scanner = DualScanner(
             compute_seconds=self.compute_seconds,
             memory_seconds=self.memory_seconds,
             unit_density=self._numbers("unit_density")[self._remaining],
             is_two_ended=is_two_ended,
         )
+        self._position = {row: position for position, row in enumerate(self.remaining_row_indices.tolist())}
+        lengths = self._read_lengths() if is_two_ended else None
+        self.learner = None if lengths is None else LengthLearner(lengths, self.scanner)
+
+    def finish(self, completion: Completion) -> None:
+        """Learn from how long a request has become."""
+        if self.learner and completion.finish_reason is not FinishReason.ERROR:
+            is_cut_off = completion.finish_reason is FinishReason.LENGTH
+            position = self._position[completion.row_index]
+            self.learner.finish(position, len(completion.token_ids), is_cut_off=is_cut_off)
 
     @property
     def num_requests(self) -> int:
@@ -65,31 +80,62 @@ class ShardReader:
         file_row = int(self._remaining[position])
         group = int(np.searchsorted(self._group_starts, file_row, side="right")) - 1
         row = self._group(group)[file_row - int(self._group_starts[group])]
-        return Request(
+        estimate = row["estimated_output_tokens"]
+        request = Request(
             position=position,
             row_index=row["row_index"],
             request_id=row["request_id"],
             prompt_token_ids=row["prompt_token_ids"].copy(),  # a view would keep its whole row group in memory
             max_tokens=row["max_tokens"],
-            estimated_output_tokens=row["estimated_output_tokens"],
+            estimated_output_tokens=estimate if self.learner is None else int(self.learner.estimated_tokens[position]),
             seed=request_seed(self._seed, row["request_id"]),
         )
+        request.output_token_ids = row["generated_token_ids"] or []
+        return request
 
     def _group(self, index: int) -> list[dict[str, Any]]:
-        """The rows of a row group, from the few that are kept; prompts as int32 arrays."""
+        """The rows of a row group, from those that are kept; prompts as int32 arrays."""
         if index in self._groups:
             self._groups.move_to_end(index)
             return self._groups[index]
-        columns = ["row_index", "request_id", "max_tokens", "estimated_output_tokens"]
+        columns = ["row_index", "request_id", "max_tokens", "estimated_output_tokens", "generated_token_ids"]
         table = self._file.read_row_group(index, columns=[*columns, "prompt_token_ids"])
         prompts = table.column("prompt_token_ids")
         rows: list[dict[str, Any]] = table.select(columns).to_pylist()
         for row, prompt in zip(rows, prompts, strict=True):
             row["prompt_token_ids"] = prompt.values.to_numpy()
         self._groups[index] = rows
-        if len(self._groups) > _MAX_ROW_GROUPS:
-            self._groups.popitem(last=False)
+        self._kept_tokens += len(prompts.combine_chunks().flatten())
+        while self._kept_tokens > _MAX_KEPT_TOKENS and len(self._groups) > 1:
+            _, oldest = self._groups.popitem(last=False)
+            self._kept_tokens -= sum(len(row["prompt_token_ids"]) for row in oldest)
         return rows
+
+    def _read_lengths(self) -> ShardLengths | None:
+        """What there is to learn output lengths from; None where the plan knows them or says nothing of them."""
+        common = (self._file.schema_arrow.metadata or {}).get(LEARNING_KEY)
+        if common is None or len(self._remaining) == 0:
+            return None
+        known = json.loads(common)
+        classes = self._file.read(columns=["length_classes"]).column(0).combine_chunks()
+        num_levels = len(classes) and len(classes.flatten()) // len(classes)
+        seen = np.array(known["classes"], dtype=np.int32).reshape(-1, num_levels)
+        shared = self._numbers("shared_prefix_tokens")[self._remaining] * (1 - 1 / known["prefix_readers"])
+        lengths = ShardLengths(
+            classes=classes.flatten().to_numpy().reshape(-1, num_levels)[self._remaining],
+            estimated_tokens=self._numbers("estimated_output_tokens")[self._remaining].astype(np.int64),
+            max_tokens=self._max_tokens,
+            kv_prompt_tokens=np.rint(self._numbers("num_prompt_tokens")[self._remaining] - shared).astype(np.int64),
+            unit_id=self._numbers("unit_id")[self._remaining].astype(np.int64),
+            compute_seconds=self.compute_seconds,
+            memory_seconds=self.memory_seconds,
+            seconds_per_decode_token=known["seconds_per_layer_token"] + known["seconds_per_sampled_token"],
+            seconds_per_kv_token=known["seconds_per_kv_token"],
+            observed=ObservedLengths(
+                seen, np.array(known["num_tokens"], np.int64), np.array(known["is_cut_off"], np.bool_)
+            ),
+        )
+        return lengths if lengths.is_learnable else None
 
     def _numbers(self, column: str) -> NDArray[np.float64]:
         values: NDArray[np.float64] = self._file.read(columns=[column]).column(column).to_numpy()

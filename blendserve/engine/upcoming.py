@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
+
 from blendserve.dual_scanner import DualScanner, Front
 from blendserve.engine.request import Request
+from blendserve.engine.running import RunningRequests
+from blendserve.length_learning import LengthLearner, surplus
 
 _AHEAD = 16  # at each front
 # How many steps a view of what lies ahead may age: where the fronts have moved since, and where they haven't.
@@ -22,6 +26,11 @@ class RequestSource(Protocol):
 
     @property
     def is_two_ended(self) -> bool: ...
+
+    @property
+    def learner(self) -> LengthLearner | None:
+        """What learns output lengths while requests run; None where they are known."""
+        ...
 
     def request(self, position: int) -> Request: ...
 
@@ -43,6 +52,23 @@ class UpcomingRequests:
         """Take the request at `front` out of those that wait."""
         self._read.pop(self.scanner.take(front), None)
 
+    def learn(self, step: int, running: RunningRequests, capacity_tokens: int) -> list[int]:
+        """Now and then, estimate anew all that waits and all that runs, and put what waits in the order that follows.
+
+        Returns the rows of requests that had better begin again later: together they will outgrow the KV cache.
+        """
+        learner = self._source.learner
+        if learner is None or not learner.is_due(step):
+            return []
+        rows = running.active_rows()
+        positions = np.array([running.request(row).position for row in rows.tolist()], dtype=np.int64)
+        running.expect(rows, learner.revise(positions, running.generated_tokens[rows]))
+        self._read.clear()  # with other estimates
+        long = rows[running.is_right(rows) & running.is_decoding[rows]]
+        held = running.num_tokens(long) - running.shared_tokens[long]
+        shed: list[int] = long[surplus(held, running.remaining_output_tokens(long), capacity_tokens)].tolist()
+        return shed
+
     def has_moved(self, step: int) -> bool:
         """Whether it is worth looking `ahead` again in this step; if so, the next few steps it isn't."""
         seen_remaining, seen_step = self._seen_at
@@ -56,10 +82,11 @@ class UpcomingRequests:
         """The requests that will be admitted next from either front."""
         if self.scanner.num_remaining == 0:
             return
-        left, right = self.scanner.peek(Front.LEFT), self.scanner.peek(Front.RIGHT)
-        yield from map(self._at, range(left, min(left + _AHEAD, right + 1)))
+        left = self.scanner.ahead(Front.LEFT, _AHEAD)
+        yield from map(self._at, left)
         if self._source.is_two_ended:
-            yield from map(self._at, range(right, max(right - _AHEAD, left + _AHEAD - 1), -1))
+            num_others = min(_AHEAD, self.scanner.num_remaining - len(left))
+            yield from map(self._at, self.scanner.ahead(Front.RIGHT, num_others))
 
     def _at(self, position: int) -> Request:
         if position not in self._read:

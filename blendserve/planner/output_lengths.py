@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from blendserve.length_learning import MIN_SAMPLES, class_moments, clip_moments, sums_by
+from blendserve.planner.length_classes import prompt_length_classes
 from blendserve.planner.prefix_tree import ROOT, PrefixTree
 
-MIN_SAMPLES = 4  # a subtree with fewer finished requests takes its nearest ancestor's figures
-_MAX_EXTRAPOLATION = 8.0
 SOURCES = np.array(["hint", "sample", "history", "max_tokens"])
-_HINT, _SAMPLE, _HISTORY, _MAX_TOKENS = range(4)
+HINT, SAMPLE, HISTORY, MAX_TOKENS = range(4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,26 +70,26 @@ def estimate_output_lengths(
     """
     limits = np.maximum(max_tokens, 1).astype(np.float64)
     mean, square = limits.copy(), limits**2
-    source = np.full(len(limits), _MAX_TOKENS)
+    source = np.full(len(limits), MAX_TOKENS)
     if ignore_eos:
         return OutputLengths(mean, square, source)
     if not bool(np.all(np.isnan(observed))):
         sampled_mean, sampled_square = _nearest_sampled_moments(tree, num_prompt_tokens, limits, observed, is_cut_off)
-        mean, square = _clip_moments(sampled_mean, sampled_square, limits)
-        source[:] = _SAMPLE
+        mean, square = clip_moments(sampled_mean, sampled_square, limits)
+        source[:] = SAMPLE
+        begun = ~np.isnan(observed) & is_cut_off & (observed < limits)  # the chance of an end is the same at any token
+        so_far, rest = observed[begun], mean[begun]
+        mean[begun], square[begun] = clip_moments(
+            so_far + rest, so_far * (so_far + 2 * rest) + square[begun], limits[begun]
+        )
     if remembered is not None:
         known = remembered.is_known
-        mean[known], square[known] = _clip_moments(remembered.mean[known], remembered.mean_square[known], limits[known])
-        source[known] = _HISTORY
+        mean[known], square[known] = clip_moments(remembered.mean[known], remembered.mean_square[known], limits[known])
+        source[known] = HISTORY
     has_hint = ~np.isnan(hints)
     hinted = np.clip(hints[has_hint], 1.0, limits[has_hint])
-    mean[has_hint], square[has_hint], source[has_hint] = hinted, hinted**2, _HINT
+    mean[has_hint], square[has_hint], source[has_hint] = hinted, hinted**2, HINT
     return OutputLengths(mean, square, source)
-
-
-def prompt_length_class(num_prompt_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The power of two above each prompt: those without a prefix in common differ in kind by their length."""
-    return np.frexp(np.maximum(num_prompt_tokens, 1).astype(np.float64))[1].astype(np.int64)
 
 
 def _nearest_sampled_moments(
@@ -103,7 +102,7 @@ def _nearest_sampled_moments(
     """Mean and mean square, per request, over the samples that are most like it and enough.
 
     Those of its nearest ancestor that has enough of them; where the samples that have this very ancestor include enough
-    with prompts about as long, only these: below the root stands all that shares nothing, whatever it is.
+    with prompts about or even just as long, only these: below the root stands all that shares nothing, whatever it is.
     """
     is_sampled = ~np.isnan(observed)
     lengths = np.where(is_sampled, observed, 0.0)
@@ -114,43 +113,14 @@ def _nearest_sampled_moments(
     while len(lacking):
         node[lacking] = tree.parent[node[lacking]]
         lacking = lacking[(count[node[lacking]] < MIN_SAMPLES) & (node[lacking] != ROOT)]
-    means, squares = _moments(tree.sums, is_sampled, is_censored, lengths, node)
-    alike = np.unique(node * 64 + prompt_length_class(num_prompt_tokens), return_inverse=True)[1].reshape(-1)
-    num_classes = int(alike.max(initial=-1)) + 1
-
-    def sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(alike, weights=values, minlength=num_classes).astype(np.float64)
-
-    class_means, class_squares = _moments(sums, is_sampled, is_censored, lengths, alike)
-    is_enough = sums(is_sampled.astype(np.float64))[alike] >= MIN_SAMPLES
-    return np.where(is_enough, class_means, means), np.where(is_enough, class_squares, squares)
-
-
-def _moments(
-    sums: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-    is_sampled: NDArray[np.bool_],
-    is_censored: NDArray[np.bool_],
-    lengths: NDArray[np.float64],
-    group: NDArray[np.int64],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and mean square [num_requests] over the samples of each request's `group`; `sums` adds up by group.
-
-    A cut-off sample is censored: when others may run on beyond it, its length is what it has plus the mean time to an
-    end seen in its group (the estimate for a constant chance of ending at each token), which varies by as much again.
-    Where hardly any has ended that says little, so it is at most a few times what has been seen.
-    """
-    count = np.maximum(sums(is_sampled.astype(np.float64)), 1.0)
-    ended = np.maximum(sums((is_sampled & ~is_censored).astype(np.float64)), 1.0)
-    most = _MAX_EXTRAPOLATION * np.sqrt(sums(lengths**2) / count)
-    rest = np.where(is_censored, np.minimum(sums(lengths) / ended, most)[group], 0.0)
-    mean = sums(lengths + rest) / count
-    square = sums((lengths + rest) ** 2 + rest**2) / count
-    return mean[group], square[group]
-
-
-def _clip_moments(
-    mean: NDArray[np.float64], square: NDArray[np.float64], limits: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Moments of a length that lies in [1, limit]: E[d]^2 <= E[d^2] <= limit * E[d]."""
-    mean = np.clip(mean, 1.0, limits)
-    return mean, np.clip(square, mean**2, limits * mean)
+    found = class_moments(tree.sums, is_sampled, is_censored, lengths)
+    means, squares = found.mean[node], found.mean_square[node]
+    is_open, is_counted = np.ones(len(node), np.bool_), is_sampled.copy()
+    for alike in prompt_length_classes(node, num_prompt_tokens):
+        found = class_moments(sums_by(alike), is_counted, is_censored, lengths)
+        has_enough = (found.count >= MIN_SAMPLES)[alike]
+        taken = is_open & has_enough
+        means[taken], squares[taken] = found.mean[alike][taken], found.mean_square[alike][taken]
+        is_open &= ~taken
+        is_counted &= ~has_enough  # what is known of prompts just as long says nothing of others about as long
+    return means, squares

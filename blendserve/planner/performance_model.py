@@ -79,6 +79,18 @@ class Hardware:
         )
 
 
+def step_floor_seconds(model: ModelShape, hardware: Hardware) -> float:
+    """The least that a step takes: all layers' weights are read once."""
+    if hardware.profile is not None:
+        return hardware.profile.gemm.fixed_seconds
+    return model.layer_parameters * hardware.bytes_per_element / hardware.bytes_per_second
+
+
+def tokens_within_a_step(model: ModelShape, hardware: Hardware) -> float:
+    """How many tokens are multiplied in the time that reading the weights takes anyway."""
+    return step_floor_seconds(model, hardware) / cost_constants(model, hardware).seconds_per_layer_token
+
+
 @dataclass(frozen=True, slots=True)
 class CostConstants:
     """Seconds per unit of work; the parameters of the relation `request_costs`."""

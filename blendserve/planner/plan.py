@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from blendserve.job_folder import JobFolder
 from blendserve.manifest import PlanManifest
 from blendserve.planner.database import open_database, write_relation
+from blendserve.planner.learning_inputs import learning_inputs
 from blendserve.planner.length_history import recall
 from blendserve.planner.output_lengths import SOURCES, OutputLengths, RememberedLengths, estimate_output_lengths
 from blendserve.planner.performance_model import Hardware, cost_constants, load_hardware, load_model_shape
@@ -48,11 +49,16 @@ def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManif
         costs = partial(compute_costs, database, cost_constants(shape, hardware))
         requests = PlannedRequests.of_rows(states, lengths, rows)
         usage = predict_usage(requests, scheduled, shape, hardware, costs)
+        learning = None
+        if spec.policy == "blend" and not spec.ignore_eos:
+            constants = cost_constants(shape, hardware)
+            files = folder.completion_files()
+            learning = learning_inputs(states, lengths, constants, files, may_resume=not spec.stop)
     write_relation(folder.relation("predicted_usage"), usage, PREDICTED_USAGE)
     _write_relations(folder, scheduled, states, lengths)
     manifest = _manifest(spec, model_folder, hardware, scheduled, states, lengths)
     with open_prompt_tokens(folder.relation("tokenized_requests"), folder.work) as prompts:
-        write_plan_files(folder.plan, manifest, scheduled, states, prompts)
+        write_plan_files(folder.plan, manifest, scheduled, states, prompts, learning)
     return manifest
 
 

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blendserve.manifest import PlanManifest, ShardPlan, replacing, write_manifest
+from blendserve.planner.learning_inputs import LearningInputs
 from blendserve.planner.performance_model import Hardware
 from blendserve.planner.prompt_tokens import PromptTokens
 from blendserve.planner.requests import RequestStates
 from blendserve.planner.schedule import Schedule
 from blendserve.schemas import SCHEDULED_REQUESTS
 
-_BATCH_TOKENS = 2**22
+_BATCH_TOKENS = 2**20
 # Token ids hardly repeat within a page: a dictionary of them takes five times as long to write and saves little.
 _FORMAT: Final[dict[str, Any]] = {"use_dictionary": False, "compression": "zstd", "compression_level": 1}
 
@@ -40,16 +41,25 @@ class ScheduledRows:
 
 
 def write_plan_files(
-    folder: Path, manifest: PlanManifest, scheduled: ScheduledRows, states: RequestStates, prompts: PromptTokens
+    folder: Path,
+    manifest: PlanManifest,
+    scheduled: ScheduledRows,
+    states: RequestStates,
+    prompts: PromptTokens,
+    learning: LearningInputs | None = None,
 ) -> None:
-    """Write the shard files that `manifest` names, then `plan.json`, then remove what earlier plans left."""
+    """Write the shard files that `manifest` names, then `plan.json`, then remove what earlier plans left.
+
+    `learning`: what the engine learns output lengths from; None: it takes them as they are estimated.
+    """
+    schema = SCHEDULED_REQUESTS if learning is None else learning.schema()
     for shard in manifest.shards:
         with (
             replacing(folder / shard.file) as temporary,
-            pq.ParquetWriter(temporary, SCHEDULED_REQUESTS, **_FORMAT) as file,
+            pq.ParquetWriter(temporary, schema, **_FORMAT) as file,
         ):
-            for batch in _shard_batches(scheduled, shard.shard, states, prompts):
-                file.write_table(batch)
+            for batch in _shard_batches(scheduled, shard.shard, states, prompts, learning):
+                file.write_table(batch.cast(schema))
     write_manifest(folder / "plan.json", manifest)
     kept = {(folder / shard.file).parent for shard in manifest.shards}
     for stale in folder.glob("shards-*"):
@@ -91,7 +101,11 @@ def plan_id_of(settings: str, scheduled: ScheduledRows, states: RequestStates) -
 
 
 def _shard_batches(
-    scheduled: ScheduledRows, shard: int, states: RequestStates, prompts: PromptTokens
+    scheduled: ScheduledRows,
+    shard: int,
+    states: RequestStates,
+    prompts: PromptTokens,
+    learning: LearningInputs | None,
 ) -> Iterator[pa.Table]:
     part = scheduled.shard_range(shard)
     tokens = np.cumsum(states.num_prompt_tokens[scheduled.rows[part]])
@@ -100,12 +114,19 @@ def _shard_batches(
         before = tokens[begin - part.start - 1] if begin > part.start else 0
         end = part.start + int(np.searchsorted(tokens, before + _BATCH_TOKENS, side="right"))
         end = max(end, begin + 1)
-        yield _batch(scheduled, slice(begin, end), states, prompts)
+        yield _batch(scheduled, slice(begin, end), states, prompts, learning)
         begin = end
 
 
-def _batch(scheduled: ScheduledRows, part: slice, states: RequestStates, prompts: PromptTokens) -> pa.Table:
+def _batch(
+    scheduled: ScheduledRows,
+    part: slice,
+    states: RequestStates,
+    prompts: PromptTokens,
+    learning: LearningInputs | None,
+) -> pa.Table:
     rows, schedule = scheduled.rows[part], scheduled.schedule
+    nothing = pa.nulls(len(rows), SCHEDULED_REQUESTS.field("length_classes").type)
     columns = {
         "shard_position": schedule.shard_position[part],
         "row_index": states.row_index[rows],
@@ -118,5 +139,8 @@ def _batch(scheduled: ScheduledRows, part: slice, states: RequestStates, prompts
         "memory_seconds": schedule.memory_seconds[part],
         "unit_id": schedule.unit_id[part],
         "unit_density": schedule.unit_density[part],
+        "num_prompt_tokens": states.num_prompt_tokens[rows].astype(np.int32),
+        "generated_token_ids": nothing if learning is None else learning.begun_of(rows),
+        "length_classes": nothing if learning is None else learning.classes_of(rows),
     }
     return pa.table(columns, schema=SCHEDULED_REQUESTS)

@@ -14,13 +14,21 @@ from blendserve.planner.database import compute
 from blendserve.planner.performance_model import CostConstants
 
 _NO_COMPLETIONS = pa.schema(
-    [("row_index", pa.int64()), ("finish_reason", pa.string()), ("num_completion_tokens", pa.int32())]
+    [
+        ("row_index", pa.int64()),
+        ("finish_reason", pa.string()),
+        ("num_completion_tokens", pa.int32()),
+        ("is_final", pa.bool_()),
+    ]
 )
 
 
 @dataclass(frozen=True, slots=True)
 class RequestStates:
-    """All sorted requests with what is known of them; arrays [num_requests] in sorted order, NaN where unknown."""
+    """All sorted requests with what is known of them; arrays [num_requests] in sorted order, NaN where unknown.
+
+    is_cut_off: the completion was ended by a limit. is_begun: that of the sample, so that the request has to go on.
+    """
 
     row_index: NDArray[np.int64]
     file_position: NDArray[np.int64]
@@ -33,6 +41,7 @@ class RequestStates:
     is_cut_off: NDArray[np.bool_]
     is_duplicate: NDArray[np.bool_]
     is_completed: NDArray[np.bool_]
+    is_begun: NDArray[np.bool_]
 
     @property
     def num_requests(self) -> int:
@@ -66,6 +75,7 @@ def read_request_states(database: duckdb.DuckDBPyConnection, folder: JobFolder) 
         is_cut_off=flags("is_cut_off"),
         is_duplicate=flags("is_duplicate"),
         is_completed=flags("is_completed"),
+        is_begun=flags("is_begun"),
     )
 
 
@@ -74,7 +84,8 @@ def read_completed(database: duckdb.DuckDBPyConnection, folder: JobFolder) -> pa
     files = [str(path) for path in folder.completion_files()]
     if not files:
         return _NO_COMPLETIONS.empty_table()
-    return compute(database, "completed_requests", parameters={"completions": files})
+    tokenized = str(folder.relation("tokenized_requests"))
+    return compute(database, "completed_requests", parameters={"completions": files, "tokenized_requests": tokenized})
 
 
 def compute_costs(

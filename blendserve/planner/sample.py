@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from blendserve.manifest import PlanManifest
 from blendserve.planner.database import open_database
 from blendserve.planner.length_history import recall
 from blendserve.planner.output_lengths import OutputLengths, RememberedLengths
+from blendserve.planner.performance_model import load_model_shape, tokens_within_a_step
 from blendserve.planner.plan import plan_hardware, schedule_rows
 from blendserve.planner.plan_files import plan_id_of, shard_plans, write_plan_files
 from blendserve.planner.prompt_tokens import open_prompt_tokens
@@ -20,6 +22,7 @@ from blendserve.planner.requests import RequestStates, read_request_states
 from blendserve.planner.stratified_sample import (
     ASSUMED_OUTPUT_TOKENS,
     MIN_SAMPLED,
+    SAMPLE_TOKENS,
     choose_companions,
     draw_stratified,
 )
@@ -32,17 +35,24 @@ _MIN_MAX_TOKENS = 16  # shorter completions aren't worth a run of their own
 def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> int:
     """Write the plan of the sample, one shard. Returns its requests; 0: none needed, none written.
 
-    The sampled requests run first, companions with long prompts after them: while the last long outputs decode, there
-    is prefill to do. The choice depends on the requests alone, so that a job that goes on finds the sample it has run.
+    The sampled requests run first, companions with long prompts after them: while outputs decode, there is prefill to
+    do. None runs for more than SAMPLE_TOKENS; the plan lets them go on from there. The choice depends on the requests
+    alone, so that a job that goes on finds the sample it has run.
     """
     hardware = plan_hardware(spec, model_folder)
     with open_database(folder.work) as database:
         states = read_request_states(database, folder)
+        states = replace(states, max_tokens=np.minimum(states.max_tokens, SAMPLE_TOKENS))
         sampled = choose_sample(states, spec, recall(database, folder, states))
         if len(sampled) == 0:
             return 0
         others = np.setdiff1d(np.flatnonzero(~states.is_duplicate), sampled)
-        companions = choose_companions(states.shared_prefix_tokens, states.num_prompt_tokens, others)
+        companions = choose_companions(
+            states.shared_prefix_tokens,
+            states.num_prompt_tokens,
+            others,
+            max_tokens=SAMPLE_TOKENS * tokens_within_a_step(load_model_shape(model_folder), hardware),
+        )
         rows = np.sort(np.concatenate([sampled, companions]))
         arrival = np.isin(rows, companions).astype(np.int64)  # first come, first served: the sampled ones came first
         mean = np.minimum(states.max_tokens, ASSUMED_OUTPUT_TOKENS).astype(np.float64)

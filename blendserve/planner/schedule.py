@@ -90,13 +90,10 @@ def schedule_requests(
     seed: int,
     num_shards: int | None,
     costs: CostModel,
-    begun: NDArray[np.float64] | None = None,
     gpus: int = 1,
 ) -> Schedule:
     """Order `requests` by `policy` and cut the order into shards; `num_shards` None: by predicted time, a multiple of
     `gpus`.
-
-    `begun` [2, num_shards]: compute and memory seconds that each shard has besides; policy blend evens them out.
     """
     tree = build_prefix_tree(requests.shared_prefix_tokens)
     compute, memory = _spread_costs(requests, tree, costs)
@@ -104,7 +101,7 @@ def schedule_requests(
     unit_id, unit_density = _units(begins, compute[positions], memory[positions])
     seconds = float(compute.sum() + memory.sum())
     chosen = choose_num_shards(num_shards, predicted_seconds=seconds, num_requests=requests.num_requests, gpus=gpus)
-    shards = _split(requests, positions, policy, compute[positions], memory[positions], chosen, begun) if chosen else []
+    shards = _split(requests, positions, policy, compute[positions], memory[positions], chosen) if chosen else []
     places = np.concatenate([np.zeros(0, np.int64), *shards])
     sizes = np.array([len(shard) for shard in shards], dtype=np.int64)
     shard_begins = np.cumsum(sizes) - sizes
@@ -135,16 +132,15 @@ def _split(
     compute: NDArray[np.float64],
     memory: NDArray[np.float64],
     num_shards: int,
-    begun: NDArray[np.float64] | None,
 ) -> list[NDArray[np.int64]]:
     """The places of each shard in the order `positions`; costs are in that order."""
     if policy != "blend":
         return split_in_order(compute, memory, num_shards)
     shared = shared_with_previous(requests.shared_prefix_tokens, positions)
-    shared = np.maximum(shared, np.append(shared[1:], 0))
+    shared = np.maximum(shared, np.append(shared[1:], 0)) - shared[1:].min(initial=int(shared.max(initial=0)))
     tokens = requests.num_prompt_tokens[positions] + requests.mean_output_tokens[positions]
     is_free = shared <= _MAX_SHARED_WHEN_DEALT * tokens
-    return split_from_both_ends(compute, memory, num_shards, is_free=is_free, begun=begun)
+    return split_from_both_ends(compute, memory, num_shards, is_free=is_free)
 
 
 def shared_with_previous(shared_prefix_tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -7,8 +7,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-_LUMPS_OF_A_SHARD = 64  # requests that are more than this part of a shard are dealt out one by one
+_LUMPS_OF_A_SHARD = 512  # requests that are more than this part of a shard are dealt out one by one
 _PIECES_OF_A_SHARD = 4
+_REQUESTS_OF_A_PIECE = 64  # at least
 _LEAST_SECONDS = 1e-300
 SHARD_SECONDS = 1200.0  # long enough to be worth loading a model, short enough to run again after a crash
 
@@ -26,31 +27,35 @@ def split_from_both_ends(
     num_shards: int,
     *,
     is_free: NDArray[np.bool_] | None = None,
-    begun: NDArray[np.float64] | None = None,
 ) -> list[NDArray[np.int64]]:
     """Places of each shard, ascending, when the order [num_requests], by falling density, is cut from both ends.
 
-    Requests that are a good part of a shard by themselves are dealt out first, the largest to the emptiest shard, as
-    far as they `is_free`: as long as they stood together, one shard would have all the longest outputs and end last.
-    The others are cut into pieces, each a run from the left and one from the right that hold what is wanted of the
-    compute time and of the memory time (two equations, two unknowns), and every shard gets pieces from the ends as
-    well as from the middle. `begun` [2, num_shards]: compute and memory seconds that each shard has besides.
+    Requests that are a good part of a shard by themselves are dealt out first, the largest to the emptiest shard, and
+    the others that share next to nothing (`is_free`) in turn, as they stand: so every shard gets its part of each kind,
+    whatever the estimate of that kind is worth. The rest is cut into pieces, each a run from the left and one from the
+    right that hold what is wanted of the compute time and of the memory time (two equations, two unknowns), and every
+    shard gets pieces from the ends as well as from the middle.
     """
     costs = np.stack([compute_seconds, memory_seconds])
-    loads = np.zeros((2, num_shards)) if begun is None else begun[:, :num_shards]
-    total = np.maximum(costs.sum(axis=1) + loads.sum(axis=1), _LEAST_SECONDS)[:, None]
-    shares, loads = costs / total, loads / total
-    is_dealt = shares.max(axis=0, initial=0.0) > 1 / (_LUMPS_OF_A_SHARD * num_shards)
-    if is_free is not None:
-        is_dealt &= is_free
-    if np.count_nonzero(~is_dealt) < num_shards:
-        is_dealt[:] = True
-    parts = _deal(np.flatnonzero(is_dealt), shares, loads)
-    others = np.flatnonzero(~is_dealt)
-    if len(others):
-        for shard, pieces in enumerate(_cut_from_both_ends(shares[:, others], loads)):
-            parts[shard] = np.concatenate([parts[shard], *(others[piece] for piece in pieces)])
-    return [np.sort(part) for part in parts]
+    shares = costs / np.maximum(costs.sum(axis=1), _LEAST_SECONDS)[:, None]
+    loads = np.zeros((2, num_shards))
+    is_free = np.zeros(len(compute_seconds), np.bool_) if is_free is None else is_free
+    is_lump = is_free & (shares.max(axis=0, initial=0.0) > 1 / (_LUMPS_OF_A_SHARD * num_shards))
+    for others in (~is_lump & ~is_free, ~is_lump & is_free):
+        if np.count_nonzero(others) < num_shards:  # too few to give each shard one
+            is_lump |= others
+    parts = _deal(np.flatnonzero(is_lump), shares, loads)
+    in_turn = np.flatnonzero(is_free & ~is_lump)
+    turns = np.concatenate([np.arange(num_shards), np.arange(num_shards)[::-1]])
+    turn = turns[np.arange(len(in_turn)) % len(turns)]
+    together = np.flatnonzero(~is_free & ~is_lump)
+    for row in range(2):
+        loads[row] += np.bincount(turn, weights=shares[row, in_turn], minlength=num_shards)
+    pieces = _cut_from_both_ends(shares[:, together], loads) if len(together) else [[] for _ in range(num_shards)]
+    return [
+        np.sort(np.concatenate([part, in_turn[turn == shard], *(together[piece] for piece in pieces[shard])]))
+        for shard, part in enumerate(parts)
+    ]
 
 
 def _deal(
@@ -69,7 +74,7 @@ def _deal(
 def _cut_from_both_ends(shares: NDArray[np.float64], loads: NDArray[np.float64]) -> list[list[NDArray[np.int64]]]:
     """Pieces for each shard of [2, num_requests] shares of the job, from the ends to the middle; adds to `loads`."""
     num_requests, num_shards = shares.shape[1], loads.shape[1]
-    num_rounds = min(_PIECES_OF_A_SHARD, max(num_requests // (_LUMPS_OF_A_SHARD * num_shards), 1))
+    num_rounds = min(_PIECES_OF_A_SHARD, max(num_requests // (_REQUESTS_OF_A_PIECE * num_shards), 1))
     before = np.concatenate([np.zeros((2, 1)), np.cumsum(shares, axis=1)], axis=1)
     pieces: list[list[NDArray[np.int64]]] = [[] for _ in range(num_shards)]
     left, right = 0, num_requests

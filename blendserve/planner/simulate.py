@@ -16,7 +16,14 @@ import pyarrow.parquet as pq
 
 from blendserve.errors import InputError, UsageError
 from blendserve.planner.database import open_database
-from blendserve.planner.performance_model import Hardware, ModelShape, cost_constants, load_hardware, load_model_shape
+from blendserve.planner.performance_model import (
+    Hardware,
+    ModelShape,
+    cost_constants,
+    load_hardware,
+    load_model_shape,
+    step_floor_seconds,
+)
 from blendserve.planner.requests import compute_costs
 from blendserve.planner.schedule import CostModel, PlannedRequests, schedule_requests
 from blendserve.planner.simulated_run import Lengths, SimulatedJob, run_policy
@@ -87,11 +94,9 @@ def simulated_machine(shape: ModelShape, device: Hardware, *, is_overlapped: boo
             f"The weights take {weight_bytes / 1e9:.0f} GB, {device.name} has {device.memory_bytes / 1e9:.0f} GB. "
             "Take a smaller model or hardware with more memory."
         )
-    layer_bytes = shape.layer_parameters * device.bytes_per_element
-    profile = device.profile
     return SimulatedMachine(
         constants=constants,
-        step_seconds=layer_bytes / device.bytes_per_second if profile is None else profile.gemm.fixed_seconds,
+        step_seconds=step_floor_seconds(shape, device),
         capacity_tokens=capacity,
         max_batched_tokens=_MAX_BATCHED_TOKENS,
         interference=_interference(device) if is_overlapped else 1.0,

@@ -1,29 +1,43 @@
-"""Runs a workload under one policy: with known lengths in one go, otherwise planning again as lengths become known."""
+"""Runs a workload under one policy as a job runs: a sample where lengths aren't known, a plan, then its shards."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.planner.observed_simulator import ObservedSimulator
+from blendserve.length_learning import ObservedLengths, ShardLengths
+from blendserve.planner.length_classes import length_classes
 from blendserve.planner.output_lengths import OutputLengths, estimate_output_lengths
 from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.schedule import CostModel, PlannedRequests, Schedule, schedule_requests, shared_with_previous
-from blendserve.planner.simulation import SimulatedMachine, SimulatedRequests, SimulatedShard, SimulationResult
+from blendserve.planner.simulation import (
+    SimulatedMachine,
+    SimulatedRequests,
+    SimulatedShard,
+    SimulationResult,
+    no_work,
+)
 from blendserve.planner.simulator import Simulator
-from blendserve.planner.stratified_sample import ASSUMED_OUTPUT_TOKENS, MIN_SAMPLED, draw_stratified
+from blendserve.planner.stratified_sample import (
+    ASSUMED_OUTPUT_TOKENS,
+    MIN_SAMPLED,
+    SAMPLE_TOKENS,
+    choose_companions,
+    draw_stratified,
+)
+from blendserve.planner.usage_recorder import UsageRecorder
 from blendserve.spec import Policy
 
 Lengths = Literal["known", "sampled"]
 _USING_LENGTHS: Final[tuple[Policy, ...]] = ("blend", "longest")
 _SAMPLED_FRACTION = 0.01
 _MAX_OUTPUT_TOKENS = 131_072  # nothing better is known of a workload's limits
-_FIRST_ROUND_SECONDS = 10.0
 # Compute over memory time of a step while lengths are guesses: both in full use. That gets memory-heavy requests done
 # as early as may be, so that one that turns out long doesn't end up alone.
 _LEARNING_PACE = 1.0
@@ -81,11 +95,8 @@ class PolicyRun:
 def run_schedule(job: SimulatedJob, schedule: Schedule, machine: SimulatedMachine) -> list[SimulationResult]:
     """Replay every shard of `schedule` on a machine of its own."""
     requests, everyone = job.simulated_requests(), np.arange(job.num_requests)
-    simulators = [Simulator(requests, machine) for _ in range(schedule.num_shards)]
-    for number, simulator in enumerate(simulators):
-        simulator.assign(_shard(schedule, number, everyone, job, job.lengths))
-        simulator.run()
-    return [simulator.result() for simulator in simulators]
+    shards = (_shard(schedule, number, everyone, job, job.lengths) for number in range(schedule.num_shards))
+    return [_replay(requests, machine, shard, UsageRecorder()) for shard in shards]
 
 
 def run_policy(
@@ -97,128 +108,181 @@ def run_policy(
     machine: SimulatedMachine,
     costs: CostModel,
     seed: int = 0,
+    shards: int | None = None,
 ) -> PolicyRun:
-    """Run `job` on `gpus` machines side by side. Policies that use no lengths run alike whether they are known."""
-    if lengths == "known" or policy not in _USING_LENGTHS or job.num_requests < 2 * MIN_SAMPLED:
-        started = time.monotonic()
-        schedule = schedule_requests(job.requests, policy=policy, seed=seed, num_shards=gpus, costs=costs)
-        planning_seconds = time.monotonic() - started
-        return PolicyRun(run_schedule(job, schedule, machine), planning_seconds)
-    return _LearningRun(job, policy=policy, gpus=gpus, machine=machine, costs=costs, seed=seed).run()
+    """Run `job` on `gpus` machines side by side, in `shards` (None: as many) that each take when they are free.
 
-
-class _LearningRun:
-    """Lengths become known while requests run.
-
-    The sample goes first, with what prefills most beside it. What is left is then planned by what has been seen, and
-    planned again whenever the run has become twice as long; requests that still run count as longer than they are.
+    Policies that use no lengths run alike whether they are known.
     """
+    is_known = lengths == "known" or policy not in _USING_LENGTHS or job.num_requests < 2 * MIN_SAMPLED
+    run = _KnownRun if is_known else _LearningRun
+    return run(job, policy=policy, gpus=gpus, machine=machine, costs=costs, seed=seed, shards=shards or gpus).run()
+
+
+class _KnownRun:
+    """All lengths are known: one plan of everything."""
 
     def __init__(
-        self, job: SimulatedJob, *, policy: Policy, gpus: int, machine: SimulatedMachine, costs: CostModel, seed: int
+        self,
+        job: SimulatedJob,
+        *,
+        policy: Policy,
+        gpus: int,
+        machine: SimulatedMachine,
+        costs: CostModel,
+        seed: int,
+        shards: int,
     ) -> None:
-        self._job = job
-        self._policy, self._costs, self._seed = policy, costs, seed
-        requests = job.simulated_requests()
-        self._tree = requests.tree
-        self._simulators = [ObservedSimulator(requests, machine) for _ in range(gpus)]
+        self._job, self._requests = job, job.simulated_requests()
+        self._policy, self._costs, self._seed, self._num_shards = policy, costs, seed, shards
+        self._machine = machine
+        self._done = [no_work() for _ in range(gpus)]
+        self._usages = [UsageRecorder() for _ in range(gpus)]
         self._planning_seconds = 0.0
 
     def run(self) -> PolicyRun:
-        sampled = self._assign_sample()
-        end = _FIRST_ROUND_SECONDS
-        while True:
-            for simulator in self._simulators:
-                simulator.run(until_seconds=end)
-            end *= 2
-            rows = np.sort(np.concatenate([simulator.remaining for simulator in self._simulators]))
-            if len(rows) < len(self._simulators):
-                break
-            if not np.isin(sampled, rows).any():
-                self._assign(rows)
-        for simulator in self._simulators:
-            simulator.run()
-        return PolicyRun([simulator.result() for simulator in self._simulators], self._planning_seconds)
-
-    def _assign_sample(self) -> NDArray[np.int64]:
-        """The sample first, short prompts before long ones; then the rest, those that prefill most at the front."""
         everyone = np.arange(self._job.num_requests)
-        prompts = self._job.requests.num_prompt_tokens
-        num_sampled = max(MIN_SAMPLED, math.ceil(_SAMPLED_FRACTION * len(everyone)))
-        sampled = draw_stratified(self._job.requests.shared_prefix_tokens, prompts, everyone, num_sampled)
-        others = np.setdiff1d(everyone, sampled)
-        sampled = sampled[np.argsort(prompts[sampled], kind="stable")]
-        assumed = np.full(len(everyone), float(ASSUMED_OUTPUT_TOKENS))
-        lengths = OutputLengths(assumed, assumed**2, everyone)
-        schedule = self._plan(others, lengths, "blend", _prefill_costs(self._costs))
-        for number, simulator in enumerate(self._simulators):
-            mine = sampled[number :: len(self._simulators)]
-            shard = _shard(schedule, number, others, self._job, lengths)
-            simulator.assign(_put_first(shard, mine, lengths, prompts))
-        return sampled
+        schedule = self._plan(everyone, self._job.lengths)
+        self._run_shards(
+            _shard(schedule, number, everyone, self._job, self._job.lengths) for number in range(schedule.num_shards)
+        )
+        return PolicyRun(self._done, self._planning_seconds)
 
-    def _assign(self, rows: NDArray[np.int64]) -> None:
-        """Plan `rows`, which haven't been admitted, by all that has been seen."""
-        lengths = self._estimate()
-        for simulator in self._simulators:
-            admitted = simulator.admitted
-            simulator.revise(admitted, lengths.estimated_tokens[admitted].astype(np.int64))
-        schedule = self._plan(rows, lengths, self._policy, self._costs)
-        for number, simulator in enumerate(self._simulators):
-            shard = _shard(schedule, number, rows, self._job, lengths)
-            simulator.assign(replace(shard, pace=_LEARNING_PACE))
+    def _run_shards(self, shards: Iterable[SimulatedShard]) -> None:
+        """Each in turn on the machine that is free first."""
+        for shard in shards:
+            number = min(range(len(self._done)), key=lambda number: self._done[number].seconds)
+            self._done[number] = self._done[number].then(
+                _replay(self._requests, self._machine, shard, self._usages[number])
+            )
 
-    def _plan(self, rows: NDArray[np.int64], lengths: OutputLengths, policy: Policy, costs: CostModel) -> Schedule:
+    def _plan(self, rows: NDArray[np.int64], lengths: OutputLengths) -> Schedule:
         started = time.monotonic()
-        requests = self._job.subset(rows, lengths)
-        num_shards = len(self._simulators)
-        begun = np.array([simulator.begun_seconds() for simulator in self._simulators]).T
         schedule = schedule_requests(
-            requests, policy=policy, seed=self._seed, num_shards=num_shards, costs=costs, begun=begun
+            self._job.subset(rows, lengths),
+            policy=self._policy,
+            seed=self._seed,
+            num_shards=self._num_shards,
+            costs=self._costs,
         )
         self._planning_seconds += time.monotonic() - started
         return schedule
 
-    def _estimate(self) -> OutputLengths:
-        """Of all requests, by those that have finished and by how far the others are."""
-        num_requests = self._job.num_requests
+
+class _LearningRun(_KnownRun):
+    """No length is known: a sample runs on one machine, with a limit and what prefills most beside it.
+
+    What is left is then planned by what the sample has shown; what the limit cut off goes on where it stopped. While a
+    shard runs it learns more: see `LengthLearner`.
+    """
+
+    def run(self) -> PolicyRun:
+        job, num_requests = self._job, self._job.num_requests
+        tree, prompts = self._requests.tree, job.requests.num_prompt_tokens
+        started = time.monotonic()
+        sampled = self._choose_sample()
+        self._planning_seconds += time.monotonic() - started
+        self._run_sample(sampled)
+        is_cut_off = job.output_tokens > SAMPLE_TOKENS
         observed = np.full(num_requests, np.nan)
-        is_cut_off = np.zeros(num_requests, np.bool_)
-        for simulator in self._simulators:
-            admitted, finished = simulator.admitted, simulator.finished
-            observed[admitted], is_cut_off[admitted] = simulator.num_produced(admitted), True
-            observed[finished] = simulator.num_produced(finished)
-        return estimate_output_lengths(
-            self._tree,
-            num_prompt_tokens=self._job.requests.num_prompt_tokens,
+        observed[sampled] = np.minimum(job.output_tokens[sampled], SAMPLE_TOKENS)
+        started = time.monotonic()
+        lengths = estimate_output_lengths(
+            tree,
+            num_prompt_tokens=prompts,
             max_tokens=np.full(num_requests, _MAX_OUTPUT_TOKENS),
             hints=np.full(num_requests, np.nan),
             observed=observed,
-            is_cut_off=is_cut_off,
+            is_cut_off=is_cut_off & ~np.isnan(observed),
             ignore_eos=False,
         )
-
-
-def _prefill_costs(costs: CostModel) -> CostModel:
-    """What is known before any length is: compute time is the prefill's, memory time the same for all."""
-
-    def prefill_costs(
-        *,
-        num_prompt_tokens: NDArray[np.int64],
-        shared_prefix_tokens: NDArray[np.int64],
-        mean_output_tokens: NDArray[np.float64],
-        mean_square_output_tokens: NDArray[np.float64],
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        one = np.ones(len(num_prompt_tokens))
-        compute, _ = costs(
-            num_prompt_tokens=num_prompt_tokens,
-            shared_prefix_tokens=shared_prefix_tokens,
-            mean_output_tokens=one,
-            mean_square_output_tokens=one,
+        classes = length_classes(tree, prompts)
+        self._planning_seconds += time.monotonic() - started
+        seen = ObservedLengths(classes[sampled], observed[sampled].astype(np.int64), is_cut_off[sampled])
+        rows = np.setdiff1d(np.arange(num_requests), sampled[~is_cut_off[sampled]])
+        begun = np.where(np.isnan(observed), 0, observed).astype(np.int64)
+        schedule = self._plan(rows, lengths)
+        self._run_shards(
+            self._learning(_shard(schedule, number, rows, job, lengths), schedule, number, begun, classes, seen)
+            for number in range(schedule.num_shards)
         )
-        return compute, np.ones(len(mean_output_tokens))
+        return PolicyRun(self._done, self._planning_seconds)
 
-    return prefill_costs
+    def _choose_sample(self) -> NDArray[np.int64]:
+        """The sampled requests, then their companions."""
+        requests = self._job.requests
+        shared, prompts = requests.shared_prefix_tokens, requests.num_prompt_tokens
+        everyone = np.arange(self._job.num_requests)
+        num_sampled = max(MIN_SAMPLED, math.ceil(_SAMPLED_FRACTION * len(everyone)))
+        sampled = draw_stratified(shared, prompts, everyone, num_sampled)
+        free_tokens = self._machine.step_seconds / self._machine.constants.seconds_per_layer_token
+        companions = choose_companions(
+            shared, prompts, np.setdiff1d(everyone, sampled), max_tokens=SAMPLE_TOKENS * free_tokens
+        )
+        return np.concatenate([sampled, companions])
+
+    def _run_sample(self, rows: NDArray[np.int64]) -> None:
+        cut = np.minimum(self._job.output_tokens, SAMPLE_TOKENS)
+        requests = SimulatedRequests(self._requests.tree, self._requests.num_prompt_tokens, cut)
+        assumed = np.full(len(rows), ASSUMED_OUTPUT_TOKENS)
+        prompts = self._job.requests.num_prompt_tokens[rows]
+        shard = SimulatedShard(
+            positions=rows,
+            estimated_output_tokens=assumed,
+            footprint_tokens=prompts + assumed / 2,
+            compute_seconds=np.zeros(len(rows)),
+            memory_seconds=np.zeros(len(rows)),
+            unit_density=np.zeros(len(rows)),
+            is_two_ended=False,
+            reserves_output=True,
+            pace=_LEARNING_PACE,
+        )
+        result = _replay(requests, self._machine, shard, self._usages[0])
+        # What was cut off is answered by a shard: only its work counts here.
+        kept = self._job.output_tokens[rows] <= SAMPLE_TOKENS
+        result = replace(
+            result,
+            num_prompt_tokens=int(prompts[kept].sum()),
+            num_output_tokens=int(self._job.output_tokens[rows][kept].sum()),
+        )
+        self._done[0] = self._done[0].then(result)
+        for number in range(1, len(self._done)):  # the others wait
+            self._done[number] = replace(self._done[number], seconds=result.seconds)
+            self._usages[number].add(result.seconds, 0.0, 0.0, 0.0)
+
+    def _learning(
+        self,
+        shard: SimulatedShard,
+        schedule: Schedule,
+        number: int,
+        begun: NDArray[np.int64],
+        classes: NDArray[np.int32],
+        seen: ObservedLengths,
+    ) -> SimulatedShard:
+        """`shard` with what it learns from."""
+        places = np.flatnonzero(schedule.shard == number)
+        positions, constants = shard.positions, self._machine.constants
+        lengths = ShardLengths(
+            classes=classes[positions],
+            estimated_tokens=shard.estimated_output_tokens,
+            max_tokens=np.full(len(positions), _MAX_OUTPUT_TOKENS),
+            kv_prompt_tokens=self._requests.read_tokens(constants.prefix_readers)[positions],
+            unit_id=schedule.unit_id[places],
+            compute_seconds=shard.compute_seconds,
+            memory_seconds=shard.memory_seconds,
+            seconds_per_decode_token=self._machine.decode_token_seconds,
+            seconds_per_kv_token=constants.seconds_per_kv_token,
+            observed=seen,
+        )
+        return replace(shard, lengths=lengths, begun_tokens=begun[positions], pace=_LEARNING_PACE)
+
+
+def _replay(
+    requests: SimulatedRequests, machine: SimulatedMachine, shard: SimulatedShard, usage: UsageRecorder
+) -> SimulationResult:
+    simulator = Simulator(requests, machine, shard, usage)
+    simulator.run()
+    return simulator.result()
 
 
 def _shard(
@@ -237,22 +301,4 @@ def _shard(
         unit_density=schedule.unit_density[places],
         is_two_ended=schedule.is_two_ended,
         reserves_output=schedule.is_two_ended,
-    )
-
-
-def _put_first(
-    shard: SimulatedShard, first: NDArray[np.int64], lengths: OutputLengths, prompts: NDArray[np.int64]
-) -> SimulatedShard:
-    """`shard` with the requests `first` before it, admitted in this order; their costs aren't known."""
-    known, nothing = lengths.take(first), np.zeros(len(first))
-    return SimulatedShard(
-        positions=np.concatenate([first, shard.positions]),
-        estimated_output_tokens=np.concatenate([known.estimated_tokens, shard.estimated_output_tokens]),
-        footprint_tokens=np.concatenate([known.footprint_tokens(prompts[first]), shard.footprint_tokens]),
-        compute_seconds=np.concatenate([nothing, shard.compute_seconds]),
-        memory_seconds=np.concatenate([nothing, shard.memory_seconds]),
-        unit_density=np.concatenate([nothing, shard.unit_density]),
-        is_two_ended=False,
-        reserves_output=True,
-        pace=_LEARNING_PACE,
     )

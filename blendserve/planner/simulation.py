@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from blendserve.length_learning import ShardLengths
 from blendserve.planner.performance_model import CostConstants
 from blendserve.planner.prefix_tree import PrefixTree
 
@@ -96,6 +97,8 @@ class SimulatedShard:
     reserves_output: admit only what fits with its estimated output. Otherwise requests are admitted as long as their
     prompts fit, and the latest are preempted when the cache is full, as engines do that know no lengths.
     pace: compute over memory time that each step aims at; None: that of all that is left.
+    begun_tokens: output tokens that requests had generated when an earlier run cut them off. lengths: what the run
+    learns output lengths from; None: they stay as they are estimated.
     """
 
     positions: NDArray[np.int64]
@@ -107,6 +110,8 @@ class SimulatedShard:
     is_two_ended: bool
     reserves_output: bool
     pace: float | None = None
+    begun_tokens: NDArray[np.int64] | None = None
+    lengths: ShardLengths | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +140,16 @@ class SimulationResult:
     num_cached_tokens: int
     num_preemptions: int
     usage: Usage
+
+    def then(self, later: SimulationResult) -> SimulationResult:
+        """Both, one after the other on one machine; the usage of `later` is that of both."""
+        names = (name for name in self.__dataclass_fields__ if name != "usage")
+        return SimulationResult(
+            **{name: getattr(self, name) + getattr(later, name) for name in names}, usage=later.usage
+        )
+
+
+def no_work() -> SimulationResult:
+    """A machine that has done nothing yet."""
+    nothing = np.zeros(0)
+    return SimulationResult(0.0, 0.0, 0.0, 0, 0, 0, 0, 0, Usage(1.0, nothing, nothing, nothing))

@@ -1,4 +1,5 @@
--- The requests that have their completion already, from every shard and from the sample; failed ones may run again.
+-- The requests that have run already, in a shard or in the sample; failed ones may run again. One that the sample's own
+-- limit cut off isn't final: it still has to run to its end.
 with
 
 completions as (
@@ -11,15 +12,35 @@ completions as (
 
 ),
 
-final as (
+tokenized_requests as (
 
     select
         row_index,
-        any_value(finish_reason) as finish_reason,
-        any_value(num_completion_tokens) as num_completion_tokens
+        max_tokens
+    from read_parquet($tokenized_requests)
+
+),
+
+attempts as (
+
+    select
+        completions.row_index,
+        completions.finish_reason,
+        completions.num_completion_tokens,
+        completions.finish_reason <> 'length'
+        or completions.num_completion_tokens >= tokenized_requests.max_tokens as is_final
     from completions
-    where finish_reason <> 'error'
-    group by row_index
+    inner join tokenized_requests
+        on completions.row_index = tokenized_requests.row_index
+    where completions.finish_reason <> 'error'
+
+),
+
+final as (
+
+    select *
+    from attempts
+    qualify row_number() over (partition by row_index order by is_final desc, num_completion_tokens desc) = 1
 
 )
 

@@ -10,6 +10,7 @@ finished as (
     from completed_requests
     inner join request_classes
         on completed_requests.row_index = request_classes.row_index
+    where completed_requests.is_final
 
 ),
 

@@ -33,7 +33,8 @@ final as (
         completed_requests.num_completion_tokens,
         coalesce(completed_requests.finish_reason = 'length', false) as is_cut_off,
         sorted_requests.duplicate_of is not null as is_duplicate,
-        completed_requests.row_index is not null as is_completed
+        coalesce(completed_requests.is_final, false) as is_completed,
+        coalesce(not completed_requests.is_final, false) as is_begun
     from sorted_requests
     inner join tokenized_requests
         on sorted_requests.row_index = tokenized_requests.row_index

@@ -22,11 +22,25 @@ duplicates as (
     where duplicate_of is not null
 ),
 
--- A row that failed in one attempt may have succeeded in a later one; the success counts.
+limits as (
+    select
+        row_index,
+        max_tokens
+    from read_parquet($tokenized_requests)
+),
+
+-- A row that failed in one attempt may have succeeded in a later one; the success counts. What the sample's own limit
+-- cut off is no result.
 best_completions as (
-    select *
+    select completions.*
     from completions
-    qualify row_number() over (partition by row_index order by finish_reason = 'error', num_completion_tokens desc) = 1
+    inner join limits on completions.row_index = limits.row_index
+    where completions.finish_reason <> 'length' or completions.num_completion_tokens >= limits.max_tokens
+    qualify
+        row_number() over (
+            partition by completions.row_index
+            order by completions.finish_reason = 'error', completions.num_completion_tokens desc
+        ) = 1
 ),
 
 joined as (

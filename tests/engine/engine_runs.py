@@ -90,6 +90,8 @@ def make_prompts(num_prompts: int, *, seed: int = 0, num_prefixes: int = 3, long
 class ListSource:
     """Requests from a list, in its order or from both ends."""
 
+    learner = None
+
     def __init__(self, requests: Sequence[dict[str, Any]], *, is_two_ended: bool = False) -> None:
         self._requests = requests
         self.is_two_ended = is_two_ended

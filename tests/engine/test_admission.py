@@ -80,9 +80,8 @@ def test_the_forecast_is_the_peak_of_decoding_in_step(
     running: list[tuple[int, int]], added: list[tuple[int, int]], new: tuple[int, int], capacity: int
 ) -> None:
     everyone = [*running, *added, new]
-    longest = max(output for _, output in everyone)
     # A request with r tokens to go holds p + t after t of them and is gone after r.
-    peak = max(sum(p + t for p, r in everyone if t <= r) for t in range(longest + 1))
+    peak = max(sum(p + t for p, r in everyone if t <= r) for t in range(new[1] + 1))  # up to the end of the new one
     requests = [make_request(prompt, output) for prompt, output in running]
     forecast = MemoryForecast(running_requests(requests), num_used_tokens=0, capacity_tokens=capacity, block_size=1)
     for prompt, output in added:

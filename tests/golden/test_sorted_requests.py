@@ -31,12 +31,22 @@ def test_duplicates_have_equal_prompts_and_equal_limits(tmp_path, dedupe, expect
     assert [row["sort_position"] for row in rows] == list(range(6))
 
 
-def test_failed_completions_do_not_count_and_repeated_ones_count_once(tmp_path):
+def test_failed_completions_do_not_count_repeated_ones_once_and_cut_off_ones_are_not_final(tmp_path):
+    limits = {"row_index": [1, 2, 4, 5, 6], "max_tokens": [9, 9, 9, 9, 9]}
+    pq.write_table(pa.table(limits), tmp_path / "tokenized.parquet")
     for name, columns in {
         "part-0": {"row_index": [1, 2], "finish_reason": ["stop", "error"], "num_completion_tokens": [3, 0]},
         "part-1": {"row_index": [1, 4], "finish_reason": ["stop", "length"], "num_completion_tokens": [3, 9]},
+        "sample": {"row_index": [5, 6], "finish_reason": ["length", "length"], "num_completion_tokens": [4, 4]},
+        "after": {"row_index": [5], "finish_reason": ["stop"], "num_completion_tokens": [7]},
     }.items():
         pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
-    files = [str(tmp_path / "part-0.parquet"), str(tmp_path / "part-1.parquet")]
-    rows = rows_of(tmp_path, "completed_requests", {}, completions=files)
-    assert sorted(tuple(row.values()) for row in rows) == [(1, "stop", 3), (4, "length", 9)]
+    files = [str(tmp_path / f"{name}.parquet") for name in ("part-0", "part-1", "sample", "after")]
+    limits = str(tmp_path / "tokenized.parquet")
+    rows = rows_of(tmp_path, "completed_requests", {}, completions=files, tokenized_requests=limits)
+    assert sorted(tuple(row.values()) for row in rows) == [
+        (1, "stop", 3, True),
+        (4, "length", 9, True),
+        (5, "stop", 7, True),  # cut off by the sample's limit, then finished
+        (6, "length", 4, False),  # has to go on
+    ]

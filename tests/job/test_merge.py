@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from blendserve.errors import ReconciliationError
 from blendserve.job_folder import JobFolder
 from blendserve.merge import MergedResults, merge_results
-from blendserve.schemas import COMPLETIONS, REJECTED_REQUESTS, REQUESTS, SORTED_REQUESTS
+from blendserve.schemas import COMPLETIONS, REJECTED_REQUESTS, REQUESTS, SORTED_REQUESTS, TOKENIZED_REQUESTS
 
 OUTCOMES = ("succeeded", "failed", "rejected", "duplicate", "missing")
 
@@ -30,6 +30,16 @@ def completion(row_index: int, *, is_failed: bool = False) -> dict[str, object]:
         "num_prompt_tokens": 10,
         "num_cached_tokens": 4,
         "num_completion_tokens": 0 if is_failed else 2,
+    }
+
+
+def tokenized(row_index: int) -> dict[str, object]:
+    return {
+        "row_index": row_index,
+        "request_id": f"r{row_index}",
+        "prompt_token_ids": [5] * 10,
+        "num_prompt_tokens": 10,
+        "max_tokens": 4,
     }
 
 
@@ -60,6 +70,7 @@ def lay_out(folder: JobFolder, outcomes: list[str]) -> None:
         ("requests", requests, REQUESTS),
         ("rejected_requests", rejected, REJECTED_REQUESTS),
         ("sorted_requests", order, SORTED_REQUESTS),
+        ("tokenized_requests", [tokenized(row["row_index"]) for row in order], TOKENIZED_REQUESTS),
     ):
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder.relation(name))
     done = [
@@ -126,6 +137,17 @@ def test_a_later_success_beats_an_earlier_failure(tmp_path: Path) -> None:
     merged, rows = merge(folder)
     assert rows[1]["completion"] == "text 1"
     assert merged.counts["failed"] == 0
+
+
+def test_what_the_sample_cut_off_is_no_result(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    lay_out(folder, ["missing", "missing"])
+    cut_off = [{**completion(row), "finish_reason": "length", "completion": "cut off"} for row in (1, 2)]
+    write_part(folder, "sample", cut_off)
+    write_part(folder, "shard-00001", [{**completion(1), "num_completion_tokens": 3}])
+    merged, rows = merge(folder)
+    assert [row["completion"] for row in rows] == ["text 0", "text 1", None]
+    assert merged.counts["missing"] == 1
 
 
 def test_without_a_single_completion(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_rows_with_another_limit_are_no_duplicates(tmp_path):
 def test_a_job_with_nothing_left_has_a_valid_plan_of_no_shards(tmp_path, policy):
     folder = write_job(tmp_path / "job", [[1], [2]])
     analyze(folder, dedupe=True)
-    write_completions(folder, "sample/shard-00000", {0: (3, "stop"), 1: (4, "length")})
+    write_completions(folder, "sample/shard-00000", {0: (3, "stop"), 1: (64, "length")})
     manifest = make_plan(folder, make_spec(folder, policy=policy), write_model(tmp_path / "model"))
     assert manifest.shards == ()
     assert manifest.summary["warnings"] == ["Nothing is left to run."]

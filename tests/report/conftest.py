@@ -192,6 +192,9 @@ class JobWriter:
                 memory_seconds=np.ones(len(rows)),
                 unit_id=rows // GROUP_REQUESTS,
                 unit_density=np.ones(len(rows)),
+                num_prompt_tokens=np.full(len(rows), 3),
+                generated_token_ids=[None] * len(rows),
+                length_classes=[None] * len(rows),
             )
 
     def write_run(self, name: str, shard: int, rows: np.ndarray) -> None:
