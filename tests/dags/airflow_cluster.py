@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,23 @@ DAGS = Path(__file__).resolve().parents[2] / "dags"
 START_SECONDS = 150.0
 # Short ones, so that a test sees in seconds what takes minutes in a team's Airflow.
 LEASE_SECONDS = 6
-HEARTBEAT_TIMEOUT_SECONDS = 12
+HEARTBEAT_TIMEOUT_SECONDS = 6
+# A job that is tried again as often as its workers are lost, and a preview of whatever data arrives.
+OWN_DAGS = """
+from datetime import timedelta
+from airflow.sdk import DAG, Asset
+from blendserve.airflow import BlendServeBatch, BlendServePlan, form_params
+
+with DAG("patient_batch", schedule=None, params=form_params()):
+    BlendServeBatch(group_id="batch", use_params=True, retries=50, retry_delay=timedelta(0))
+
+with DAG(
+    "preview_on_arrival",
+    schedule=[Asset("requests_landed")],
+    params=form_params(input="requests.parquet", output="previews/{run_id}"),
+):
+    BlendServePlan(group_id="preview", use_params=True)
+"""
 PREPARE = "from blendserve.airflow.standalone import prepare; prepare()"
 
 
@@ -45,6 +62,8 @@ class AirflowCluster:
         database = f"postgresql+psycopg2://airflow@127.0.0.1:{self._database.port}/postgres"
         self._environment = environment | _settings(self.home, self.address, database, redis_port)
         _make_plugins_folder(self.home)
+        shutil.copytree(DAGS, self.home / "dags", ignore=shutil.ignore_patterns("__pycache__"))
+        (self.home / "dags" / "own_dags.py").write_text(OWN_DAGS)
         self._start("redis", [_program("redis-server"), "--port", redis_port, "--save", "", "--bind", "127.0.0.1"])
         subprocess.run([sys.executable, "-c", PREPARE], env=self._environment, check=True, capture_output=True)
         self._airflow("api-server", "--port", self._port)
@@ -68,7 +87,8 @@ class AirflowCluster:
     def signal_worker(self, name: str, number: signal.Signals) -> None:
         """To the worker and all that it started, as when its machine goes away or is suspended."""
         for process in self.processes_of(name):
-            process.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
         if number == signal.SIGKILL:
             self._processes.pop(name).wait()
 
@@ -84,7 +104,9 @@ class AirflowCluster:
         login = {"username": "ann", "password": self.password}
         token = self.client.post("/auth/token", json=login).json()["access_token"]
         self.client.headers["Authorization"] = f"Bearer {token}"
-        self.wait_until(lambda: self.client.get("/api/v2/dags/blendserve_batch").status_code == 200, START_SECONDS)
+        self.wait_until(
+            lambda: self._has_dags("blendserve_batch", "patient_batch", "preview_on_arrival"), START_SECONDS
+        )
 
     def trigger(self, dag_id: str = "blendserve_batch", **params: Any) -> httpx.Response:
         return self.client.post(f"/api/v2/dags/{dag_id}/dagRuns", json={"logical_date": None, "conf": params})
@@ -93,7 +115,7 @@ class AirflowCluster:
         deadline = time.monotonic() + seconds
         while not is_so():
             assert time.monotonic() < deadline, self._last_lines()
-            time.sleep(0.2)
+            time.sleep(0.3)
 
     def wait_for_run(self, run_url: str, *states: str, seconds: float = 240.0) -> dict[str, Any]:
         """The run, once it is in one of `states`."""
@@ -112,6 +134,9 @@ class AirflowCluster:
         for name in list(self._processes):
             self.signal_worker(name, signal.SIGKILL)
         self._database.stop()
+
+    def _has_dags(self, *dag_ids: str) -> bool:
+        return all(self.client.get(f"/api/v2/dags/{dag_id}").is_success for dag_id in dag_ids)
 
     def _is_answering(self) -> bool:
         try:
@@ -185,7 +210,7 @@ class _Postgres:
 def _settings(home: Path, address: str, database: str, redis_port: int) -> dict[str, str]:
     return {
         "AIRFLOW_HOME": str(home),
-        "AIRFLOW__CORE__DAGS_FOLDER": str(DAGS),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(home / "dags"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
         "AIRFLOW__CORE__EXECUTOR": "CeleryExecutor",
@@ -202,8 +227,10 @@ def _settings(home: Path, address: str, database: str, redis_port: int) -> dict[
         "AIRFLOW__API_AUTH__JWT_SECRET": "only for tests, where nobody else can reach it, and long enough for HS512",
         "AIRFLOW__DAG_PROCESSOR__PARSING_PROCESSES": "1",
         "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": str(HEARTBEAT_TIMEOUT_SECONDS),
-        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "2",
-        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "2",
+        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "1",
+        "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "1",
+        "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
+        "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",
         "AIRFLOW__BLENDSERVE__GPU_QUEUE": "gpu",
         "BLENDSERVE_LEASE_SECONDS": str(LEASE_SECONDS),
     }

@@ -5,7 +5,7 @@ out/screenshots.
 
 from __future__ import annotations
 
-import json
+import random
 import shutil
 import signal
 from collections.abc import Iterator
@@ -14,20 +14,19 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
 from blendserve.airflow.job_options import path_name
-from blendserve.job_folder import JobFolder
 from tests.dags.airflow_cluster import AirflowCluster
 from tests.dags.conftest import skip_here
+from tests.dags.long_runs import LongRun, url_of
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine takes its time
 
-NUM_ROWS = 40
-NUM_TOKENS = 200
+NUM_ROWS = 130
+NUM_KILLS = 3
 
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "out" / "screenshots"
 FLAGS = [
@@ -102,6 +101,7 @@ def test_run_from_the_form_to_the_report(
     report.get_by_text("3 input rows").wait_for()
     assert report.locator("body").evaluate("() => self.origin") == "null", "the report is a foreign page to Airflow"
     page.screenshot(path=SCREENSHOTS / "report_tab.png")
+    page.close()  # it would poll Airflow for as long as it is open
 
 
 def test_run_answers_every_row(cluster: AirflowCluster, finished_run: dict[str, Any]) -> None:
@@ -135,6 +135,20 @@ def test_results_asset_triggers_the_consumer(cluster: AirflowCluster, finished_r
     assert {"rows": 3, "failed": 1, "path": str(job / "results")} in [event["extra"] for event in events]
 
 
+def test_data_that_arrives_starts_a_run_whose_tab_shows_what_the_job_would_cost(cluster: AirflowCluster) -> None:
+    """A scheduled run takes the form's defaults."""
+    (asset,) = cluster.client.get("/api/v2/assets", params={"name_pattern": "requests_landed"}).json()["assets"]
+    landed = cluster.client.post("/api/v2/assets/events", json={"asset_id": asset["id"]})
+    assert landed.status_code == 200, landed.text
+    runs_url = "/api/v2/dags/preview_on_arrival/dagRuns"
+    cluster.wait_until(lambda: bool(cluster.client.get(runs_url).json()["dag_runs"]), 60)
+    (run,) = cluster.client.get(runs_url).json()["dag_runs"]
+    assert run["run_type"] == "asset_triggered"
+    cluster.wait_for_run(f"{runs_url}/{run['dag_run_id']}", "success")
+    report = f"/blendserve/dags/preview_on_arrival/report?run_id={quote(run['dag_run_id'], safe='')}"
+    assert "The plan in words" in cluster.client.get(report).text
+
+
 def test_report_tab_shows_the_report_to_those_signed_in_only(
     cluster: AirflowCluster, finished_run: dict[str, Any]
 ) -> None:
@@ -164,95 +178,59 @@ def test_bad_param_is_refused_with_the_name_of_the_field(cluster: AirflowCluster
     assert f"Invalid input for param {field}" in answer.json()["detail"]
 
 
-def test_shard_marked_failed_stops_at_once_and_goes_on_when_cleared(cluster: AirflowCluster) -> None:
-    run_url = start_long_run(cluster, "marked", NUM_ROWS)
-    job = cluster.workspace / "marked"
-    cluster.wait_until(lambda: has_parts(job, attempt=1), 150)
-    assert engines_of(job)
-    run_id = quote(run_url.rsplit("/", 1)[1], safe="")
-    progress = cluster.client.get(f"/blendserve/dags/blendserve_batch/report?run_id={run_id}")
-    assert "Density now" in progress.text and f"of {NUM_ROWS}" in progress.text
+@pytest.fixture(scope="module")
+def long_run(cluster: AirflowCluster) -> LongRun:
+    """A run in mid-shard; what is left of it is enough for the tests below, which leave it in mid-shard."""
+    return LongRun(cluster, "interrupted", NUM_ROWS)
 
-    shard_url = f"{run_url}/taskInstances/batch.run_shard/0"
+
+def test_shard_marked_failed_stops_at_once_and_goes_on_when_cleared(cluster: AirflowCluster, long_run: LongRun) -> None:
+    long_run.wait_for_progress()
+    progress = cluster.client.get(f"/blendserve/dags/patient_batch/report?run_id={quote(long_run.run_id, safe='')}")
+    assert "Density now" in progress.text and f"of {NUM_ROWS}" in progress.text
+    assert long_run.engines()
+
+    shard_url = f"{long_run.url}/taskInstances/batch.run_shard/0"
     assert cluster.client.patch(shard_url, json={"new_state": "failed"}).status_code == 200
-    cluster.wait_until(lambda: not engines_of(job), 10)
-    assert not (job / "completions" / "shard-00000" / "shard.json").exists(), "it was stopped in mid-shard"
-    cluster.wait_for_run(run_url, "failed")
-    assert (job / "results").is_dir(), "merge ran: what is finished can be used"
-    num_kept = num_completions(job)
+    cluster.wait_until(lambda: not long_run.engines(), 10)
+    long_run.note_interruption()
+    cluster.wait_for_run(long_run.url, "failed")
+    assert (long_run.job / "results").is_dir(), "merge ran: what is finished can be used"
+    num_kept = long_run.num_completions()
 
     cleared = cluster.client.post(
-        "/api/v2/dags/blendserve_batch/clearTaskInstances",
-        json={"dry_run": False, "dag_run_id": run_url.rsplit("/", 1)[1], "only_failed": True},
+        "/api/v2/dags/patient_batch/clearTaskInstances",
+        json={"dry_run": False, "dag_run_id": long_run.run_id, "only_failed": True},
     )
     assert cleared.status_code == 200, cleared.text
-    cluster.wait_for_run(run_url, "success")
-    assert pq.read_table(job / "results")["num_completion_tokens"].to_pylist() == [NUM_TOKENS] * NUM_ROWS
-    shard = json.loads((job / "completions" / "shard-00000" / "shard.json").read_text())
-    assert shard["num_resumed"] == num_kept, "no finished request ran again"
+    long_run.wait_for_progress()
+    assert long_run.num_completions() > num_kept > 0
 
 
-def test_killed_and_paused_workers_lose_and_double_nothing(cluster: AirflowCluster) -> None:
-    """The first GPU worker is killed in mid-shard, the second one paused for longer than its lease; the third one takes
-    over, and the second wakes up while it runs."""
-    run_url = start_long_run(cluster, "lost", 2 * NUM_ROWS)
-    job = cluster.workspace / "lost"
-    cluster.wait_until(lambda: has_parts(job, attempt=1), 150)
-    cluster.signal_worker("gpu", signal.SIGKILL)
+def test_killed_workers_lose_nothing_and_nothing_runs_twice(long_run: LongRun) -> None:
+    """More kills in a row: `soak_worker_kills.py`."""
+    drawn = random.Random()
+    kept = [long_run.kill_in_mid_shard(drawn) for _ in range(NUM_KILLS)]
+    assert kept == sorted(set(kept)), "each attempt got further than the one before"
+    written = long_run.written_rows()
+    assert len(written) == len(set(written)) == kept[-1]
+
+
+def test_paused_worker_that_wakes_up_after_its_lease_doubles_nothing(
+    cluster: AirflowCluster, long_run: LongRun
+) -> None:
+    """Another worker takes over meanwhile, and the paused one wakes up while that one runs."""
+    long_run.wait_for_progress()
+    cluster.signal_worker("gpu", signal.SIGSTOP)
+    (paused,) = long_run.engines()
+    long_run.note_interruption()
     cluster.start_worker("gpu", "gpu-2")
-    cluster.wait_until(lambda: has_parts(job, attempt=2), 200)
-    cluster.signal_worker("gpu-2", signal.SIGSTOP)
-    paused = [process for process in cluster.processes_of("gpu-2") if "run_shard" in " ".join(process.cmdline())]
-    assert len(paused) == 1
-    cluster.start_worker("gpu")
-    cluster.wait_until(lambda: has_parts(job, attempt=3), 200)
-    cluster.signal_worker("gpu-2", signal.SIGCONT)
-    cluster.wait_for_run(run_url, "success")
-    cluster.wait_until(lambda: not paused[0].is_running(), 30)
-    cluster.signal_worker("gpu-2", signal.SIGKILL)
-
-    results = pq.read_table(job / "results")
-    assert results["request_id"].to_pylist() == [f"row-{number}" for number in range(2 * NUM_ROWS)]
-    assert results["num_completion_tokens"].to_pylist() == [NUM_TOKENS] * 2 * NUM_ROWS
-    counted = pa.concat_tables(pq.read_table(path) for path in JobFolder(job).completion_files())
-    assert sorted(counted["row_index"].to_pylist()) == list(range(2 * NUM_ROWS))
-
-
-def url_of(answer: httpx.Response) -> str:
-    assert answer.status_code == 200, answer.text
-    return f"/api/v2/dags/blendserve_batch/dagRuns/{answer.json()['dag_run_id']}"
+    long_run.wait_for_progress()
+    cluster.signal_worker("gpu", signal.SIGCONT)
+    cluster.wait_for_run(long_run.url, "success")
+    cluster.wait_until(lambda: not paused.is_running(), 30)
+    long_run.check_that_every_row_came_out_once()
 
 
 def folder_of(cluster: AirflowCluster, run: dict[str, Any]) -> Path:
     return cluster.workspace / "out" / path_name(run["dag_run_id"])
-
-
-def start_long_run(cluster: AirflowCluster, output: str, num_rows: int) -> str:
-    """A run of one shard that takes long enough to be interrupted; returns its URL."""
-    numbers = range(num_rows)
-    rows = {"request_id": [f"row-{number}" for number in numbers], "prompt": [f"number {n}" for n in numbers]}
-    pq.write_table(pa.table(rows), cluster.workspace / f"{output}.parquet")
-    params: dict[str, Any] = {
-        "input": f"{output}.parquet",
-        "output": output,
-        "max_tokens": NUM_TOKENS,
-        "ignore_eos": True,
-    }
-    return url_of(cluster.trigger(**params, max_num_seqs=2, shards=1, sample_fraction=0.0))
-
-
-def has_parts(job: Path, attempt: int) -> bool:
-    """Whether this attempt at the shard has finished some requests and isn't through."""
-    folder = job / "completions" / "shard-00000"
-    assert not (folder / "shard.json").exists(), "the shard is too short for this test"
-    return any(folder.glob(f"part-{attempt:05d}-*"))
-
-
-def engines_of(job: Path) -> list[str]:
-    """The processes that run a shard of this job."""
-    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    return [command.decode() for command in commands if b"run_shard" in command and str(job).encode() in command]
-
-
-def num_completions(job: Path) -> int:
-    return sum(pq.read_metadata(part).num_rows for part in JobFolder(job).completion_files())

@@ -1,11 +1,9 @@
-"""What OpenLineage is told of a finished job."""
+"""What OpenLineage is told of a finished job. Its events in a run: `test_runs_without_server.py`."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 from openlineage.client.serde import Serde
@@ -21,16 +19,7 @@ MANIFEST = {
 }
 
 
-@pytest.fixture
-def provider(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one name that is used of Airflow's OpenLineage provider, which imports and connects much else."""
-    module = ModuleType("airflow.providers.openlineage.extractors")
-    module.OperatorLineage = SimpleNamespace  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "airflow.providers.openlineage", ModuleType("airflow.providers.openlineage"))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-
-
-def test_job_reports_input_and_results(provider: None, tmp_path: Path) -> None:
+def test_job_reports_input_and_results(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
     operator = MergeOperator(task_id="merge", root=str(tmp_path))
     lineage = operator.get_openlineage_facets_on_complete(None)
@@ -43,7 +32,7 @@ def test_job_reports_input_and_results(provider: None, tmp_path: Path) -> None:
     assert (facet["model"], facet["counts"]["failed"]) == ("smollm2", 1)
 
 
-def test_job_that_was_not_merged_reports_nothing(provider: None, tmp_path: Path) -> None:
+def test_job_that_was_not_merged_reports_nothing(tmp_path: Path) -> None:
     assert MergeOperator(task_id="merge", root=str(tmp_path)).get_openlineage_facets_on_complete(None) is None
 
 

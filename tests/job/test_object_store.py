@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,42 @@ def test_steps_go_on_from_what_the_object_store_holds(spec: JobSpec, bucket: str
     with working_copy(spec.output, []) as root:
         job.finish(root)
     assert "out/_SUCCESS" in names(bucket)
+
+
+def test_shard_killed_in_mid_run_goes_on_from_the_object_store(spec: JobSpec, bucket: str) -> None:
+    """kill -9: the parts that were sent by then count, and no finished row runs again."""
+    num_rows = 36
+    table = pa.table({"id": [f"row-{n}" for n in range(num_rows)], "prompt": [f"number {n}" for n in range(num_rows)]})
+    with fsspec.open(f"{bucket}/long/rows.parquet", "wb") as file:
+        pq.write_table(table, file)
+    changes = {"input": f"{bucket}/long", "max_tokens": 200, "ignore_eos": True, "max_num_seqs": 1, "shards": 1}
+    place = f"{spec.output}/completions"
+    store = open_store(f"{place}/shard-00000")
+    with working_copy(spec.output) as root:
+        job.extract(spec.model_copy(update=changes), root)
+        for step in (job.tokenize, job.analyze, job.plan):
+            step(root)
+        kill_in_mid_shard(root / "plan", place, lambda: bool(store.names("part-")))
+        kept = [row for name in counted_files(store, "part-") for row in rows_of(store, name)]
+        shard = job.run_shard(root / "plan", 0, completions=place)
+    assert 0 < shard.num_resumed == len(kept) < num_rows
+    assert sorted(row for name in store.names("part-") for row in rows_of(store, name)) == list(range(num_rows))
+    with working_copy(spec.output, ["work/*", "completions/*"]) as root:
+        assert job.merge(root)["succeeded"] == num_rows
+
+
+def kill_in_mid_shard(plan: Path, completions: str, has_progressed: Callable[[], bool]) -> None:
+    command = [sys.executable, "-m", "blendserve.engine.run_shard", "--completions", completions, str(plan), "0"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as engine:
+        while not has_progressed():
+            assert engine.poll() is None, "the shard is too short for this test"
+            time.sleep(0.1)
+        engine.kill()
+
+
+def rows_of(store: FileStore, name: str) -> list[int]:
+    rows: list[int] = pq.read_table(pa.BufferReader(store.read(name)))["row_index"].to_pylist()
+    return rows
 
 
 def test_other_files_are_there_by_name_only(bucket: str) -> None:
