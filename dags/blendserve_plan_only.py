@@ -1,7 +1,7 @@
 """### Preview a batch
 
-Reads, tokenizes and plans like *BlendServe: run a batch*, then stops: the log of `plan` says how much of the prompts
-is shared, how dense both ends of the order are, and how long the run would take. It needs no GPU.
+Reads, tokenizes and plans like *BlendServe: run a batch*, then stops. The tab *BlendServe report* of the run says how
+much of the prompts is shared, how dense the order is and how long the run would take. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ with DAG(
     dag_display_name="BlendServe: preview a batch",
     doc_md=__doc__,
     schedule=None,
-    params=form_params(output="out/plans/{run_id}"),
+    params=form_params(),
     tags=["blendserve"],
 ):
     BlendServePlan(group_id="preview", use_params=True)

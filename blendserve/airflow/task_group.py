@@ -40,7 +40,7 @@ DEFAULT_EXECUTION_TIMEOUT = timedelta(hours=12)
 
 
 class BlendServePlan(TaskGroup):  # type: ignore[misc]
-    """preflight → extract → tokenize → analyze → plan, without an engine: what a job would cost and share.
+    """preflight → extract → tokenize → analyze → plan → report, without an engine: what a job would cost and share.
 
     :param group_id: name of the group in the DAG.
     :param use_params: the run's params (the trigger form) win over the options.
@@ -60,7 +60,8 @@ class BlendServePlan(TaskGroup):  # type: ignore[misc]
         super().__init__(group_id=group_id, default_args={"storage_conn_id": storage_conn_id or named})
         with self:
             root, prepared = _prepare(options, use_params)
-            prepared >> PlanOperator(task_id="plan", root=root, is_preview=True)
+            plan = PlanOperator(task_id="plan", root=root, is_preview=True)
+            prepared >> plan >> ReportOperator(task_id="report", root=root)
 
 
 class BlendServeBatch(TaskGroup):  # type: ignore[misc]
@@ -76,6 +77,8 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
     :param results_asset: gets an event with `rows`, `failed` and `path` when the job is done.
     :param pool: pool of the tasks that run the engine; by default `[blendserve] gpu_pool`.
     :param queue: queue of these tasks; by default `[blendserve] gpu_queue`, or else the executor's default queue.
+    :param executor: executor of these tasks, where Airflow has several; by default the first one.
+    :param executor_config: what that executor wants to know of these tasks, such as `{"pod_override": …}`.
     :param retries: attempts after the first one; each goes on where the last one stopped.
     :param retry_delay: time before the next attempt; by default `[blendserve] retry_delay_seconds`.
     :param retry_policy: which failures are tried again; by default `RETRY_POLICY`.
@@ -92,6 +95,8 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
         results_asset: Asset | None = None,
         pool: str | None = None,
         queue: str | None = None,
+        executor: str | None = None,
+        executor_config: dict[str, Any] | None = None,
         retries: int = 2,
         retry_delay: timedelta | None = None,
         retry_policy: RetryPolicy | None = None,
@@ -108,7 +113,12 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
             "storage_conn_id": storage_conn_id,
         }
         super().__init__(group_id=group_id, default_args=shared)
-        on_gpu = _gpu_placement(pool, queue) | {"execution_timeout": execution_timeout}
+        on_gpu = {
+            **_gpu_placement(pool, queue),
+            "execution_timeout": execution_timeout,
+            "executor": executor,
+            "executor_config": executor_config,
+        }
         with self:
             root, prepared = _prepare(options, use_params)
             sample = SampleOperator(task_id="sample", root=root, **on_gpu)

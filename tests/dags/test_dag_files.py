@@ -132,7 +132,8 @@ def test_steps_run_in_order_and_engine_tasks_take_gpu_slots(parsed: dict[str, An
 def test_plan_only_takes_no_gpu_slot(parsed: dict[str, Any]) -> None:
     tasks = parsed["dags"]["blendserve_plan_only"]["tasks"]
     assert {task["pool"] for task in tasks.values()} == {"default_pool"}
-    assert list(tasks)[-1] == "preview.plan"
+    steps = ["preflight", "extract", "tokenize", "analyze", "plan", "report"]
+    assert list(tasks) == [f"preview.{step}" for step in steps]
 
 
 def test_unknown_option_of_a_task_group_is_an_import_error(tmp_path: Path) -> None:

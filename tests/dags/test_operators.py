@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from airflow.sdk import RetryAction
+from airflow.sdk import DAG, RetryAction
 from airflow.sdk._shared.secrets_masker import redact
 from airflow.sdk.exceptions import AirflowFailException
 
@@ -24,6 +24,7 @@ from blendserve.airflow.operators import (
     RunShardOperator,
     SampleOperator,
 )
+from blendserve.airflow.task_group import BlendServeBatch
 from blendserve.errors import (
     BlendServeError,
     EngineOutOfMemoryError,
@@ -184,6 +185,18 @@ def test_killed_shard_asks_the_engine_to_stop(context: dict[str, Any], monkeypat
     assert context["task_state_store"] == {"blendserve_progress": {"shard": 2, "done": 1, "total": 5}}, (
         "at most every 5 seconds"
     )
+
+
+def test_only_tasks_that_run_the_engine_get_the_executors_pod() -> None:
+    pod = {"pod_override": "a pod with a GPU"}
+    with DAG("own", schedule=None) as dag:
+        BlendServeBatch(input="/in", output="/out", executor="KubernetesExecutor", executor_config=pod)
+    assert [
+        task_id
+        for task_id, task in dag.task_dict.items()
+        if (task.executor, task.executor_config) == ("KubernetesExecutor", pod)
+    ] == ["blendserve.sample", "blendserve.run_shard"]
+    assert dag.get_task("blendserve.plan").executor is None
 
 
 def test_nothing_left_to_run_is_a_success(context: dict[str, Any]) -> None:
