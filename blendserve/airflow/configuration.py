@@ -49,8 +49,8 @@ OPTIONS = {
             "allowed_paths",
             "string",
             "",
-            "Comma-separated folders and object-store prefixes that input, output and model of the trigger form "
-            "must lie in. Empty: the data folder alone.",
+            "Comma-separated folders and object-store prefixes that all paths of the trigger form must lie in: input, "
+            "output, model, hardware profile. Empty: the data folder alone.",
         ),
         Option(
             "library_folder",

@@ -24,6 +24,16 @@ LIBRARY_TITLES = {
 # Fields that take text which the worker will run, and the option that lets the form have them.
 FREE_TEXT = {"sql": "allow_free_sql", "template": "allow_free_template"}
 
+# Help, in Markdown, where a person at the form needs other words than one at the command line.
+HELP = {
+    "input": "A Parquet file, a glob or a folder, or the URL of one. Relative paths start at the *data folder*.",
+    "output": "The job's own folder for results and state; `{run_id}` becomes the run's id. Give the folder of an "
+    "unfinished run to go on with it.",
+    "gpus": "How many GPU workers run shards side by side: the plan has at least as many shards.",
+    "on_row_error": "What becomes of the run when a row has no completion. The results are written either way.",
+    "stop": 'A completion ends before the first of these. A JSON list, such as `["END", "\\n\\n"]`.',
+}
+
 ENUM_LABELS = {
     "policy": {
         "blend": "Blend: share prefixes, balance compute and memory",
@@ -40,6 +50,7 @@ ENUM_LABELS = {
         "bfloat16": "bfloat16",
         "float16": "float16",
     },
+    "overlap": {"off": "Off", "on": "On: decodes beside prefill chunks, on a GPU"},
     "load_format": {"auto": "From the model's files", "dummy": "Random, for benchmarks"},
 }
 
@@ -74,7 +85,7 @@ def _library_params(defaults: dict[str, Any]) -> dict[str, Param]:
             params[field] = Param(
                 defaults.get(field),
                 title=LIBRARY_TITLES[field],
-                description=f"A name of the library, in place of {option}. Empty: {option} as it is stated.",
+                description_md=f"A name of the library, in place of *{option}*. Empty: *{option}* as it is stated.",
                 type=["null", "string"],
                 enum=[None, *names],
                 **section,
@@ -86,16 +97,14 @@ def _param(name: str, field: dict[str, Any], proposed: dict[str, Any]) -> Param:
     schema = _without_union(field)
     default = proposed.get(name, schema.pop("default", None))
     schema.pop("default", None)
-    description = schema.pop("description", "")
-    if schema["type"] == "array":
-        description += ' A JSON list, such as ["END", "\\n\\n"].'
+    help_text = HELP.get(name, schema.pop("description", ""))
     if name not in OPEN_FIELDS:
         schema["section"] = _section(name)
     if name in MULTILINE_FIELDS:
         schema["format"] = "multiline"
     if "enum" in schema:
         schema["values_display"] = {value: ENUM_LABELS.get(name, {}).get(value, value) for value in schema["enum"]}
-    return Param(default, description=description, **schema)
+    return Param(default, description_md=help_text, **schema)
 
 
 def _without_union(field: dict[str, Any]) -> dict[str, Any]:

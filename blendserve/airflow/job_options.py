@@ -45,6 +45,7 @@ def job_spec(options: Mapping[str, Any], form: Mapping[str, Any], run_id: str) -
         "input": _absolute(spec.input),
         "output": _absolute(spec.output.replace("{run_id}", path_name(run_id))),
         "model": _absolute(spec.model) if Path(_absolute(spec.model)).is_dir() else spec.model,
+        "hardware": _absolute(spec.hardware) if spec.hardware.endswith(".json") else spec.hardware,
     }
     spec = spec.model_copy(update=paths)
     for name in paths:
@@ -107,8 +108,8 @@ def _absolute(path: str) -> str:
 
 
 def _check_allowed(name: str, value: str) -> None:
-    if name == "model" and not Path(value).is_absolute() and ".." not in Path(value).parts:
-        return  # a short name or a hub name
+    if name in ("model", "hardware") and not Path(value).is_absolute() and ".." not in Path(value).parts:
+        return  # a name
     allowed = configuration.allowed_paths()
     if ".." not in Path(value).parts and any(_lies_in(value, place) for place in allowed):
         return

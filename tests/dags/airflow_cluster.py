@@ -49,7 +49,7 @@ PREPARE = "from blendserve.airflow.standalone import prepare; prepare()"
 
 
 class AirflowCluster:
-    """Airflow with one user, `ann`, a worker on the queue `default` and one on `gpu`, working in `workspace`."""
+    """Airflow with one user, `ann`, a worker on the queue `cpu` and one on `gpu`, working in `workspace`."""
 
     def __init__(self, workspace: Path, environment: dict[str, str]) -> None:
         self.workspace = workspace
@@ -69,14 +69,14 @@ class AirflowCluster:
         self._airflow("api-server", "--port", self._port)
         self._airflow("scheduler")
         self._airflow("dag-processor")
-        self.start_worker("default")
+        self.start_worker("cpu")
         self.start_worker("gpu")
 
     def start_worker(self, queue: str, name: str = "") -> None:
         """One more Celery worker; two of them on a host need log servers of their own."""
         (port,) = _free_ports(1)
         name = name or queue
-        concurrency = 2 if queue == "default" else 1
+        concurrency = 2 if queue == "cpu" else 1
         self._airflow(
             *("celery", "worker", "--queues", queue, "--concurrency", concurrency),
             *("--celery-hostname", f"{name}@%h", "--without-mingle", "--without-gossip"),
@@ -217,6 +217,7 @@ def _settings(home: Path, address: str, database: str, redis_port: int) -> dict[
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": "ann:admin",
         "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{address}/execution/",
         "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": database,
+        "AIRFLOW__OPERATORS__DEFAULT_QUEUE": "cpu",
         "AIRFLOW__CELERY__BROKER_URL": f"redis://127.0.0.1:{redis_port}/0",
         "AIRFLOW__CELERY__RESULT_BACKEND": "db+" + database.replace("+psycopg2", ""),
         "AIRFLOW__CELERY_BROKER_TRANSPORT_OPTIONS__VISIBILITY_TIMEOUT": "86400",

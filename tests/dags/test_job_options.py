@@ -46,6 +46,8 @@ def test_form_wins_over_the_options_of_the_dag(data_folder: Path) -> None:
         ("output", "../data-of-others"),
         ("model", "/root/model"),
         ("model", "../model"),
+        ("hardware", "/opt/airflow/simple_auth_manager_passwords.json"),
+        ("hardware", "../others.json"),
     ],
 )
 def test_paths_outside_the_allowed_folders_are_refused(data_folder: Path, field: str, value: str) -> None:
@@ -84,6 +86,11 @@ def test_author_of_a_dag_may_use_any_path(data_folder: Path) -> None:
 def test_short_and_hub_names_of_models_are_no_paths(data_folder: Path) -> None:
     assert from_form(model="smollm2").model == "smollm2"
     assert from_form(model="HuggingFaceTB/SmolLM2-135M-Instruct").model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_names_of_hardware_are_no_paths_and_profiles_lie_in_the_data_folder(data_folder: Path) -> None:
+    assert from_form(hardware="4xh100").hardware == "4xh100"
+    assert from_form(hardware="profiles/h100.json").hardware == f"{data_folder}/profiles/h100.json"
 
 
 def test_folder_below_the_data_folder_is_a_model(data_folder: Path) -> None:
