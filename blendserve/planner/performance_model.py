@@ -80,10 +80,19 @@ class Hardware:
 
 
 def step_floor_seconds(model: ModelShape, hardware: Hardware) -> float:
-    """The least that a step takes: all layers' weights are read once."""
+    """The least that a step's products take: all layers' weights are read once."""
     if hardware.profile is not None:
-        return hardware.profile.gemm.fixed_seconds
+        gemm = hardware.profile.gemm
+        return gemm.free_units * gemm.seconds_per_unit or gemm.fixed_seconds
     return model.layer_parameters * hardware.bytes_per_element / hardware.bytes_per_second
+
+
+def step_overhead_seconds(hardware: Hardware) -> float:
+    """What a measured step takes beside its products and its reads, whatever it holds; 0 by the data sheet."""
+    if hardware.profile is None or not hardware.profile.gemm.free_units:
+        return 0.0
+    gemm = hardware.profile.gemm
+    return max(gemm.fixed_seconds - gemm.free_units * gemm.seconds_per_unit, 0.0)
 
 
 def tokens_within_a_step(model: ModelShape, hardware: Hardware) -> float:

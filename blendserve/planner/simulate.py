@@ -23,6 +23,7 @@ from blendserve.planner.performance_model import (
     load_hardware,
     load_model_shape,
     step_floor_seconds,
+    step_overhead_seconds,
 )
 from blendserve.planner.requests import compute_costs
 from blendserve.planner.schedule import CostModel, PlannedRequests, schedule_requests
@@ -97,6 +98,7 @@ def simulated_machine(shape: ModelShape, device: Hardware, *, is_overlapped: boo
     return SimulatedMachine(
         constants=constants,
         step_seconds=step_floor_seconds(shape, device),
+        overhead_seconds=step_overhead_seconds(device),
         capacity_tokens=capacity,
         max_batched_tokens=_MAX_BATCHED_TOKENS,
         interference=_interference(device) if is_overlapped else 1.0,

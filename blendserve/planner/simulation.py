@@ -25,8 +25,9 @@ class StepWork:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedMachine:
-    """What a step may hold and what it costs. `step_seconds` is the least a step takes: reading all weights once.
+    """What a step may hold and what it costs. `step_seconds` is the least its products take: reading all weights once.
 
+    overhead_seconds: what each step takes besides, of which nothing overlaps.
     unplanned_batched_tokens: what a step may hold where nothing says how much prefill a step has room for; more of it
     would make every long output wait.
     interference: how much of the shorter of compute and memory time a step adds to the longer one, from 0 (perfect
@@ -38,6 +39,7 @@ class SimulatedMachine:
     capacity_tokens: int
     max_batched_tokens: int
     interference: float
+    overhead_seconds: float = 0.0
     max_num_seqs: int = 1024
     unplanned_batched_tokens: int = 512
 
@@ -50,7 +52,7 @@ class SimulatedMachine:
         """One step whose decoding requests read `context_tokens` of KV cache."""
         compute = max(needed_compute, self.step_seconds)
         memory = context_tokens * self.constants.seconds_per_kv_token
-        return StepWork(self._together(compute, memory), compute, needed_compute, memory)
+        return StepWork(self.overhead_seconds + self._together(compute, memory), compute, needed_compute, memory)
 
     def decode_steps(self, num_steps: int, num_decoding: int, context_tokens: int) -> StepWork:
         """`num_steps` steps of nothing but decoding; the first reads `context_tokens`, each later one a token more a
@@ -63,7 +65,8 @@ class SimulatedMachine:
         bound = min(max(math.ceil((compute - first) / slope), 0), num_steps)  # first steps, bound by compute
         later = slope * (num_steps * (num_steps - 1) - bound * (bound - 1)) / 2
         longer = bound * compute + (num_steps - bound) * first + later
-        seconds = longer + self.interference * (num_steps * compute + memory - longer)
+        together = longer + self.interference * (num_steps * compute + memory - longer)
+        seconds = num_steps * self.overhead_seconds + together
         return StepWork(seconds, num_steps * compute, num_steps * needed, memory)
 
     def _together(self, compute: float, memory: float) -> float:

@@ -83,6 +83,18 @@ def test_measured_figures_go_before_the_data_sheet(tmp_path, see_gpu):
     assert simulated_machine(LLAMA, hardware, is_overlapped=False).interference == 1.0
 
 
+def test_a_simulated_step_takes_what_the_profile_says_with_its_free_tokens():
+    gemm = AffineFit(fixed_seconds=7e-3, seconds_per_unit=2e-5, free_units=200)
+    hardware = performance_model._profiled_hardware(make_profile(gemm=gemm), LLAMA)
+    machine = simulated_machine(LLAMA, hardware, is_overlapped=False)
+    constants = machine.constants
+    for tokens in (1, 200, 201, 5000):
+        seconds = 7e-3 + 2e-5 * max(tokens - 200, 0) + 1000 * constants.seconds_per_kv_token
+        assert machine.step(tokens * constants.seconds_per_layer_token, 1000).seconds == pytest.approx(seconds)
+    decodes = [machine.step(250 * machine.decode_token_seconds, 1000 + 250 * step).seconds for step in range(7)]
+    assert machine.decode_steps(7, 250, 1000).seconds == pytest.approx(sum(decodes))
+
+
 def test_a_profile_is_found_for_the_gpu_that_is_visible(see_gpu):
     write_profile(see_gpu(H100) / "h100.json", make_profile())
     assert load_hardware("auto", model=LLAMA).profile == make_profile()
