@@ -18,7 +18,7 @@ from blendserve.dual_scanner import DualScanner
 
 LEARNING_KEY: Final = b"blendserve.learning"  # metadata of a shard file
 MIN_SAMPLES: Final = 4  # a class with fewer observed requests takes the figures of a coarser one
-_MAX_EXTRAPOLATION = 8.0
+_MAX_EXTRAPOLATION = 16.0
 _FIRST_STEPS = 64
 _REVISED_SHARE = 0.125  # of the steps so far until the next revision
 _KNOWN = -1  # class of a request whose length needs no learning

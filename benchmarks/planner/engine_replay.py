@@ -1,4 +1,4 @@
-"""A whole job without a GPU: its real steps and the engine's own scheduler, against a clock that follows the cost model.
+"""A whole job without a GPU: its real steps and the engine's own scheduler, on a clock that follows the cost model.
 
     python benchmarks/planner/engine_replay.py [--requests 10000] [--workloads #1,#2] [--shards 1] --output results.json
 

@@ -139,6 +139,8 @@ class RunningRequests:
         """Expect other lengths in all; what has outlived its estimate goes on counting for the right front."""
         self._is_right[rows] = self.is_right(rows)
         self.estimated_tokens[rows] = np.maximum(output_tokens, 1)
+        for row, tokens in zip(rows.tolist(), self.estimated_tokens[rows].tolist(), strict=True):
+            self.request(row).estimated_output_tokens = tokens  # for when it is preempted
 
     def footprint_tokens(self, rows: IntArray) -> NDArray[np.float64]:
         """KV cache tokens that each alone holds, averaged over its life: p - shared + d / 2."""

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import blendserve_sql
 from blendserve.manifest import replacing
 
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 _MAX_MEMORY_BYTES = 5 * 2**29  # with the rest of a step, 6 GB are enough for a billion tokens
 _MEMORY_OF_MANY_THREADS = 2**30
 
@@ -24,9 +25,21 @@ _MEMORY_OF_MANY_THREADS = 2**30
 def default_memory_bytes() -> int:
     """Half of the memory that this process may have (what is free, its container's limit), at most 2.5 GiB."""
     limits = [int(psutil.virtual_memory().available), 2 * _MAX_MEMORY_BYTES]
-    stated = [path.read_text(encoding="ascii").strip() for path in _CGROUP_LIMITS if path.exists()]
-    limits += [int(limit) for limit in stated if limit.isdigit()]
-    return min(limits) // 2
+    return min([*limits, *_container_limits()]) // 2
+
+
+def _container_limits() -> list[int]:
+    """The limits of this process's control groups, of version 2 and of version 1, seen from inside and from outside."""
+    places = {_CGROUPS / "memory.max", _CGROUPS / "memory" / "memory.limit_in_bytes"}
+    if _OWN_CGROUPS.exists():
+        for line in _OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                places.add(_CGROUPS / path.lstrip("/") / "memory.max")
+            elif "memory" in controllers.split(","):
+                places.add(_CGROUPS / "memory" / path.lstrip("/") / "memory.limit_in_bytes")
+    stated = [place.read_text(encoding="ascii").strip() for place in places if place.exists()]
+    return [int(limit) for limit in stated if limit.isdigit()]
 
 
 @contextmanager

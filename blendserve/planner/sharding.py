@@ -11,7 +11,7 @@ _LUMPS_OF_A_SHARD = 512  # requests that are more than this part of a shard are 
 _PIECES_OF_A_SHARD = 4
 _REQUESTS_OF_A_PIECE = 64  # at least
 _LEAST_SECONDS = 1e-300
-SHARD_SECONDS = 1200.0  # long enough to be worth loading a model, short enough to run again after a crash
+SHARD_SECONDS = 1800.0  # at most, and half of it at least where there are several: few tails, and little to run again
 
 
 def choose_num_shards(stated: int | None, *, predicted_seconds: float, num_requests: int, gpus: int = 1) -> int:

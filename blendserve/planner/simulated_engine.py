@@ -50,6 +50,7 @@ class SimulatedEngine:
         self._right_footprint = 0.0  # of the admitted requests that count as the right front's
         self._reserves_output = False  # whether output lengths are expected of requests, so that they can be outlived
         self._num_steps = 0
+        self._last_end = 0  # the step in which the last one of the requests so far is expected to end
         self._seconds = self._compute = self._memory = 0.0
         self._cached_tokens = self._num_preemptions = 0
 
@@ -132,6 +133,7 @@ class SimulatedEngine:
     def _await_end(self, request: int, num_steps: int) -> None:
         """Look in `num_steps` steps whether the request has outlived its estimate."""
         heappush(self._events, (self._num_steps + num_steps, _OUTLIVED, request, self._joined[request]))
+        self._last_end = max(self._last_end, self._num_steps + num_steps)
 
     def _handle_events(self) -> None:
         while self._events and self._events[0][0] <= self._num_steps:

@@ -159,9 +159,17 @@ class Simulator(SimulatedEngine):
         footprint = self._footprint[self._order[self._scanner.peek(Front.RIGHT)]]
         held = self._right_footprint + footprint
         a_step = self._machine.step_seconds / self._constants.seconds_per_kv_token
-        if a_step > 0 and (self._context >= _WANTED_STEPS * a_step or held > _MOST_STEPS * a_step):
-            return False
+        if a_step > 0:
+            wanted = self._wanted_steps() * a_step
+            if self._context >= wanted or held > _MOST_STEPS / _WANTED_STEPS * wanted:
+                return False
         return held <= self._scanner.max_held_tokens(Front.RIGHT, self._machine.capacity_tokens)
+
+    def _wanted_steps(self) -> float:
+        """Less than _WANTED_STEPS where the longest output would otherwise end after all the rest."""
+        seconds_left = max(self._left.compute, self._left.memory)
+        step_seconds = seconds_left / max(self._last_end - self._num_steps, 1)
+        return min(max(step_seconds / self._machine.step_seconds, 1.0), _WANTED_STEPS)
 
     def _fits(self, request: int, capacity: float) -> bool:
         """Whether the cache has room for the request and, where output is reserved, will have until it ends."""

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from blendserve.planner import database
 from blendserve.planner.database import compute, default_memory_bytes, open_database, write_relation
 from blendserve.planner.sorted_prompts import sort_prompts
 from blendserve.schemas import OUTPUT_LENGTH_ESTIMATES
@@ -19,8 +20,8 @@ def test_a_sort_larger_than_its_memory_spills_and_cleans_up(tmp_path):
     tokens = random.integers(0, 1000, num_rows * num_tokens, dtype=np.int32)
     path = tmp_path / "prompts.parquet"
     pq.write_table(pa.table({"prompt_token_ids": pa.ListArray.from_arrays(offsets, pa.array(tokens))}), path)
-    with open_database(tmp_path / "spill", memory_bytes=48 * 2**20) as database:
-        table = compute(database, "sorted_prompts", parameters={"prompts": str(path)})
+    with open_database(tmp_path / "spill", memory_bytes=48 * 2**20) as connection:
+        table = compute(connection, "sorted_prompts", parameters={"prompts": str(path)})
     rows = tokens.reshape(num_rows, num_tokens)[table.column("file_position").to_numpy()]
     expected = np.lexsort(tokens.reshape(num_rows, num_tokens).T[::-1])
     assert np.array_equal(rows, tokens.reshape(num_rows, num_tokens)[expected])
@@ -46,3 +47,14 @@ def test_a_relation_is_written_whole_or_not_at_all(tmp_path):
 
 def test_the_default_limit_is_at_most_three_gigabytes():
     assert 0 < default_memory_bytes() <= 3 * 2**30
+
+
+def test_the_limit_of_its_own_control_group_counts(tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    own.write_text("9:name=systemd:/x\n4:cpu,memory:/jobs/one\n0::/jobs/two\n")
+    monkeypatch.setattr(database, "_OWN_CGROUPS", own)
+    monkeypatch.setattr(database, "_CGROUPS", tmp_path)
+    for place, limit in (("memory/jobs/one/memory.limit_in_bytes", "400000000"), ("jobs/two/memory.max", "max")):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_text(f"{limit}\n")
+    assert default_memory_bytes() == 200_000_000

@@ -48,7 +48,7 @@ def test_consecutive_cuts_of_a_density_order_would_not_balance_both():
 
 def test_number_of_shards():
     assert choose_num_shards(None, predicted_seconds=10, num_requests=100) == 1
-    assert choose_num_shards(None, predicted_seconds=3601, num_requests=100) == 4
+    assert choose_num_shards(None, predicted_seconds=5401, num_requests=100) == 4
     assert choose_num_shards(None, predicted_seconds=1e9, num_requests=3) == 3
     assert choose_num_shards(5, predicted_seconds=10, num_requests=100) == 5
     assert choose_num_shards(5, predicted_seconds=0, num_requests=0) == 0
@@ -58,7 +58,7 @@ def test_the_longest_requests_are_dealt_to_different_shards():
     # Cut from both ends alone, the first shard has all eight: equal sums, but it ends with them, alone.
     compute, memory = np.ones(4008), np.full(4008, 0.1)
     compute[-8:], memory[-8:] = 0.5, 100.0
-    shards = split_from_both_ends(compute, memory, 4)
+    shards = split_from_both_ends(compute, memory, 4, is_free=np.arange(4008) >= 4000)
     assert [np.count_nonzero(shard >= 4000) for shard in shards] == [2, 2, 2, 2]
 
 
@@ -66,7 +66,7 @@ def test_every_gpu_gets_as_many_shards() -> None:
     def chosen(seconds: float, gpus: int, stated: int | None = None, num_requests: int = 1000) -> int:
         return choose_num_shards(stated, predicted_seconds=seconds, num_requests=num_requests, gpus=gpus)
 
-    assert [chosen(10, 4), chosen(1200 * 4, 4), chosen(1200 * 4 + 1, 4), chosen(1200 * 5, 2)] == [4, 4, 8, 6]
+    assert [chosen(10, 4), chosen(1800 * 4, 4), chosen(1800 * 4 + 1, 4), chosen(1800 * 5, 2)] == [4, 4, 8, 6]
     assert chosen(10, 4, stated=3) == 3
     assert chosen(10, 4, num_requests=2) == 2
 
