@@ -73,7 +73,7 @@ def cluster(
     if missing := missing_programs():
         skip_here(f"{', '.join(missing)} not installed; tests/dags/install_programs.sh brings them")
     folder = tmp_path_factory.mktemp("cluster")
-    rows = {"request_id": ["one", "two", "three"], "prompt": ["first", "second", None]}
+    rows = {"request_id": ["one", "two", "three"], "prompt": ["tell nobody", "tell nobody else", None]}
     pq.write_table(pa.table(rows), folder / "requests.parquet")
     environment = own_environment | {
         "AIRFLOW__BLENDSERVE__DATA_FOLDER": str(folder),

@@ -5,6 +5,7 @@ out/screenshots.
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -74,11 +75,15 @@ def trigger_from_form(cluster: AirflowCluster, page: Page) -> str:
     page.fill("[name=element_input]", "requests.parquet")
     page.fill("[name=element_output]", "out/{run_id}")
     page.fill("[name=element_max_tokens]", "4")
+    form.locator("code", has_text="{run_id}").wait_for()  # the help is Markdown
     page.screenshot(path=SCREENSHOTS / "form.png")
     form.get_by_text("Sampling", exact=True).click()
     page.fill("[name=element_seed]", "7")
     page.locator("#element_stop").scroll_into_view_if_needed()
     page.screenshot(path=SCREENSHOTS / "form_sampling.png")
+    form.get_by_text("Planning", exact=True).click()
+    form.locator("#element_policy").click()
+    page.get_by_text("Depth first: share prefixes only").click()
     form.get_by_role("button", name="Trigger", exact=True).click()
     page.wait_for_url("**/dags/blendserve_batch/runs/**")
     return f"/api/v2/dags/blendserve_batch/dagRuns/{page.url.rsplit('/', 1)[1]}"
@@ -91,9 +96,9 @@ def test_run_from_the_form_to_the_report(
         skip_here("chromium is not installed; tests/dags/install_programs.sh brings it")
     run = finished_run
     assert run["state"] == "success"
-    assert (run["conf"]["seed"], run["conf"]["stop"], run["triggering_user_name"]) == (7, [], "ann")
+    conf = run["conf"]
+    assert (conf["seed"], conf["stop"], conf["policy"], run["triggering_user_name"]) == (7, [], "dfs", "ann")
 
-    page.reload()
     page.get_by_text("Success").first.wait_for()
     page.screenshot(path=SCREENSHOTS / "run.png")
     page.get_by_text("BlendServe report").click()
@@ -110,6 +115,12 @@ def test_run_answers_every_row(cluster: AirflowCluster, finished_run: dict[str, 
     results = pq.read_table(job / "results").to_pylist()
     assert [row["request_id"] for row in results] == ["one", "two", "three"]
     assert [row["finish_reason"] == "rejected" for row in results] == [False, False, True]
+
+
+def test_no_log_holds_a_prompt(cluster: AirflowCluster, finished_run: dict[str, Any]) -> None:
+    logs = [path.read_text(encoding="utf-8") for path in cluster.workspace.rglob("*.log")]
+    assert any(finished_run["dag_run_id"] in log for log in logs)
+    assert not any("tell nobody" in log for log in logs)
 
 
 def test_shards_have_readable_names_and_run_on_gpu_workers(
@@ -144,7 +155,8 @@ def test_data_that_arrives_starts_a_run_whose_tab_shows_what_the_job_would_cost(
     cluster.wait_until(lambda: bool(cluster.client.get(runs_url).json()["dag_runs"]), 60)
     (run,) = cluster.client.get(runs_url).json()["dag_runs"]
     assert run["run_type"] == "asset_triggered"
-    cluster.wait_for_run(f"{runs_url}/{run['dag_run_id']}", "success")
+    waited = cluster.client.get(f"{runs_url}/{run['dag_run_id']}/wait", params={"interval": 1}, timeout=240)
+    assert json.loads(waited.text.splitlines()[-1])["state"] == "success"
     report = f"/blendserve/dags/preview_on_arrival/report?run_id={quote(run['dag_run_id'], safe='')}"
     assert "The plan in words" in cluster.client.get(report).text
 
@@ -184,10 +196,23 @@ def long_run(cluster: AirflowCluster) -> LongRun:
     return LongRun(cluster, "interrupted", NUM_ROWS)
 
 
+def test_what_airflow_cannot_check_fails_preflight_with_the_name_of_the_field(
+    cluster: AirflowCluster,
+) -> None:
+    run_url = url_of(cluster.trigger("blendserve_plan_only", input="/etc/passwd"))
+    cluster.wait_for_run(run_url, "failed")
+    preflight = cluster.client.get(f"{run_url}/taskInstances/preview.preflight").json()
+    assert (preflight["state"], preflight["try_number"]) == ("failed", 1), "another attempt would fail as well"
+    log = cluster.client.get(f"{run_url}/taskInstances/preview.preflight/logs/1").text
+    assert "Option 'input'" in log and "allowed_paths" in log
+
+
 def test_shard_marked_failed_stops_at_once_and_goes_on_when_cleared(cluster: AirflowCluster, long_run: LongRun) -> None:
     long_run.wait_for_progress()
     progress = cluster.client.get(f"/blendserve/dags/patient_batch/report?run_id={quote(long_run.run_id, safe='')}")
     assert "Density now" in progress.text and f"of {NUM_ROWS}" in progress.text
+    store = cluster.client.get(f"{long_run.url}/taskInstances/batch.run_shard/state-store", params={"map_index": 0})
+    assert "tokens_per_second" in store.text
     assert long_run.engines()
 
     shard_url = f"{long_run.url}/taskInstances/batch.run_shard/0"
@@ -223,6 +248,7 @@ def test_paused_worker_that_wakes_up_after_its_lease_doubles_nothing(
     long_run.wait_for_progress()
     cluster.signal_worker("gpu", signal.SIGSTOP)
     (paused,) = long_run.engines()
+    assert paused.num_fds() < 20, "however many files the attempts before it wrote"
     long_run.note_interruption()
     cluster.start_worker("gpu", "gpu-2")
     long_run.wait_for_progress()
