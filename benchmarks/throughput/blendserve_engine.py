@@ -76,11 +76,11 @@ def main() -> None:
     loaded = time.perf_counter()
     engine = LLMEngine(Path(request["model"]), spec, SamplingSpec(ignore_eos=True))
     print("loaded in", time.perf_counter() - loaded, flush=True)
+    warmed = time.perf_counter()
+    print(engine.warm_up(), "shapes in", time.perf_counter() - warmed, flush=True)
     with Path(sys.argv[2]).open("w") as results:
         for number, job in enumerate(request["jobs"]):
             requests = read_ordered_requests(Path(job["folder"]), job["order"])
-            warmed = time.perf_counter()
-            print(engine.warm_up(), "shapes in", time.perf_counter() - warmed, flush=True)
             engine.clear_prefix_cache()
             steps_path = Path(sys.argv[2]).parent / f"steps-{number}.parquet"
             figures = run(engine, requests, steps_path)

@@ -46,7 +46,7 @@ class Size(NamedTuple):
     mean_output_tokens: float | None = None
 
 
-SIZES = {"short": Size(32.0, 1536, 1000.0), "small": Size(80.0, 1536, 1000.0), "full": Size(1500.0, 16384)}
+SIZES = {"short": Size(32.0, 1536, 1000.0), "small": Size(68.0, 1536, 1000.0), "full": Size(1500.0, 16384)}
 
 
 def draw(source: str, count: int, size: Size, seed: int = 0) -> RequestLengths:
