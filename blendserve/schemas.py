@@ -105,7 +105,7 @@ REQUEST_ORDER = _schema(
     ("shard_position", pa.int64(), False),
 )
 
-# plan → report. What one shard would use by simulation, in pieces of equal length: work in seconds a second, by policy.
+# plan → report. What the job would use by simulation, in pieces of equal length: work in seconds a second, by policy.
 PREDICTED_USAGE = _schema(
     ("policy", pa.string(), False),
     ("started_seconds", pa.float64(), False),

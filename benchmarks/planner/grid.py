@@ -1,6 +1,6 @@
 """The paper's 65 points in simulation: density 0.80..1.40, sharing 0.05..0.45, Llama-3.1-8B on an A100, overlap on.
 
-python benchmarks/planner/grid.py [--requests 100000] [--placement clustered|shuffled] --output results.json
+python benchmarks/planner/grid.py [--requests 100000] [--placement clustered|natural|shuffled] --output results.json
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from provenance import provenance
-from synthetic import job_of
+from synthetic import PLACEMENTS, job_of
 
 from blendserve.planner.database import open_database
 from blendserve.planner.performance_model import load_hardware, load_model_shape
@@ -27,10 +27,10 @@ from blendserve.planner.workload import draw_mix
 POLICIES = ("blend", "dfs")
 
 
-def simulate_point(costs, machine, density: float, sharing: float, num_requests: int, is_clustered: bool) -> dict:
+def simulate_point(costs, machine, density: float, sharing: float, num_requests: int, placement: str) -> dict:
     random = np.random.default_rng(0)
     parts = draw_mix(costs, density=density, sharing=sharing, num_requests=num_requests, random=random)
-    job = job_of(list(parts.values()), is_clustered=is_clustered)
+    job = job_of(list(parts.values()), placement=placement)
     point = {"density": density, "sharing": sharing}
     for policy in POLICIES:
         schedule = schedule_requests(job.requests, policy=policy, seed=0, num_shards=1, costs=costs)
@@ -48,7 +48,7 @@ def simulate_point(costs, machine, density: float, sharing: float, num_requests:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=100_000)
-    parser.add_argument("--placement", choices=["clustered", "shuffled"], default="clustered")
+    parser.add_argument("--placement", choices=PLACEMENTS, default="natural")
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--hardware", default="a100-80gb")
     parser.add_argument("--output", type=Path, required=True)
@@ -63,8 +63,7 @@ def main() -> None:
         costs = partial(compute_costs, database, machine.constants)
         for density in np.round(np.arange(0.80, 1.401, 0.05), 2).tolist():
             for sharing in np.round(np.arange(0.05, 0.451, 0.10), 2).tolist():
-                is_clustered = arguments.placement == "clustered"
-                point = simulate_point(costs, machine, density, sharing, arguments.requests, is_clustered)
+                point = simulate_point(costs, machine, density, sharing, arguments.requests, arguments.placement)
                 points.append(point)
                 print(density, sharing, *(round(point[name], 4) for name in ("speedup", "sharing_kept", "over_bound")))
     speedups = [point["speedup"] for point in points]

@@ -3,7 +3,8 @@
     python benchmarks/planner/mixes.py [--requests 100000] [--models llama-3.1-8b,…] [--gpus 2,4] --output results.json
 
 Depth first is simulated as engines run it that know no output lengths (admit what fits, preempt when full), over
-sources that are shuffled, as in a dataset of many tasks, and clustered, one task after the other. Models that don't fit
+sources that are shuffled, natural (MMLU's prompts begin alike and stand together) and clustered, one task after the
+other. Models that don't fit
 on one A100 take as many as hold them.
 """
 
@@ -18,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from provenance import provenance
-from synthetic import job_of
+from synthetic import PLACEMENTS, job_of
 
 from blendserve.planner.database import open_database
 from blendserve.planner.performance_model import load_hardware, load_model_shape
@@ -58,7 +59,7 @@ def simulate_workload(model: str, workload: str, num_requests: int, gpus: list[i
     with TemporaryDirectory() as folder, open_database(Path(folder)) as database:
         costs = partial(compute_costs, database, machine.constants)
         parts = draw_parts(costs, workload, num_requests)
-        job, shuffled = (job_of(parts, is_clustered=is_clustered) for is_clustered in (True, False))
+        job, natural, shuffled = (job_of(parts, placement=name) for name in PLACEMENTS)
 
         def run(job, policy: str, num_gpus: int = 1, lengths: str = "known") -> dict:
             done = run_policy(job, policy=policy, gpus=num_gpus, lengths=lengths, machine=machine, costs=costs)
@@ -74,12 +75,15 @@ def simulate_workload(model: str, workload: str, num_requests: int, gpus: list[i
             "sharing_kept": blend["prefix_sharing"] / job.prefix_sharing if job.prefix_sharing else 1.0,
             "over_bound": seconds / bound_seconds(job, costs),
             "speedup_over_dfs_clustered": run(job, "dfs")["seconds"] / seconds,
+            "speedup_over_dfs_natural": run(natural, "dfs")["seconds"] / run(natural, "blend")["seconds"],
             "speedup_over_dfs_shuffled": run(shuffled, "dfs")["seconds"] / run(shuffled, "blend")["seconds"],
         }
         for number in gpus:
             figures[f"data_parallel_{number}"] = seconds / run(job, "blend", number)["seconds"]
         if is_learnt:
             figures["learnt_over_known"] = run(job, "blend", lengths="sampled")["seconds"] / seconds
+            learnt = run(shuffled, "blend", lengths="sampled")["seconds"]
+            figures["learnt_over_known_shuffled"] = learnt / run(shuffled, "blend")["seconds"]
     return figures
 
 

@@ -48,7 +48,7 @@ def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManif
         shape = load_model_shape(model_folder)
         costs = partial(compute_costs, database, cost_constants(shape, hardware))
         requests = PlannedRequests.of_rows(states, lengths, rows)
-        usage = predict_usage(requests, scheduled, shape, hardware, costs)
+        usage = predict_usage(requests, shape, hardware, costs)
         learning = None
         if spec.policy == "blend" and not spec.ignore_eos:
             constants = cost_constants(shape, hardware)

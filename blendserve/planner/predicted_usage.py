@@ -1,11 +1,11 @@
-"""How the plan would use compute and memory over time, beside a depth-first order of the same requests.
+"""How each policy would use compute and memory over the whole job, on one device.
 
-The simulator replays one shard, so that this costs seconds however large the job is.
+The simulator replays all requests of a job of up to 20,000, else one run of neighbours in every few, so that this costs
+seconds however large the job is.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -13,56 +13,63 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from blendserve.planner.performance_model import Hardware, ModelShape
-from blendserve.planner.plan_files import ScheduledRows
-from blendserve.planner.schedule import CostModel, PlannedRequests, schedule_requests
-from blendserve.planner.simulate import capacity_tokens, simulated_machine
+from blendserve.planner.schedule import CostModel, PlannedRequests, schedule_requests, shared_with_previous
+from blendserve.planner.simulate import POLICIES, capacity_tokens, simulated_machine
 from blendserve.planner.simulated_run import SimulatedJob, run_schedule
 from blendserve.planner.simulation import SimulationResult
 from blendserve.schemas import PREDICTED_USAGE
 from blendserve.spec import Policy
 
-_POLICIES: Final[tuple[Policy, ...]] = ("blend", "dfs")
-_MAX_REQUESTS = 20_000
+_MAX_REQUESTS: Final = 20_000
+_NEIGHBOURS: Final = 32  # requests that are kept together, so that they share what they shared
+_MAX_PIECES: Final = 256  # of a policy
 
 
-def predict_usage(
-    requests: PlannedRequests,
-    scheduled: ScheduledRows,
-    shape: ModelShape,
-    hardware: Hardware,
-    costs: CostModel,
-) -> pa.Table:
-    """The relation `predicted_usage` of the first shard; empty where the model's weights leave no room for a cache.
+def predict_usage(requests: PlannedRequests, shape: ModelShape, hardware: Hardware, costs: CostModel) -> pa.Table:
+    """The relation `predicted_usage`; empty where the model's weights leave no room for a cache.
 
-    `requests` are those of the schedule, in sorted order.
+    `requests` are all that have to run, in sorted order. Where one in k is replayed, a second stands for k of them: but
+    for the last outputs, which take k times as long on that axis as they do.
     """
     if capacity_tokens(shape, hardware) < 1 or requests.num_requests == 0:
         return PREDICTED_USAGE.empty_table()
     machine = simulated_machine(shape, hardware, is_overlapped=hardware.name != "cpu")
-    first_shard = np.sort(scheduled.schedule.positions[scheduled.shard_range(0)])[:_MAX_REQUESTS]
-    job = _job_of(requests, first_shard)
+    every = -(-requests.num_requests // _MAX_REQUESTS)
+    rows = np.flatnonzero(np.arange(requests.num_requests) // _NEIGHBOURS % every == 0)
+    job = _job_of(requests, rows)
     tables = []
-    for policy in _POLICIES:
+    for policy in POLICIES:
         schedule = schedule_requests(job.requests, policy=policy, seed=0, num_shards=1, costs=costs)
         (result,) = run_schedule(job, schedule, machine)
-        tables.append(_table(policy, result, machine.capacity_tokens))
+        tables.append(_table(policy, result, machine.capacity_tokens, every))
     return pa.concat_tables(tables)
 
 
 def _job_of(requests: PlannedRequests, rows: NDArray[np.int64]) -> SimulatedJob:
-    everyone = SimulatedJob(requests, np.zeros(0, np.int64))
-    chosen = everyone.subset(rows, everyone.lengths)
-    return replace(everyone, requests=chosen, output_tokens=np.rint(chosen.mean_output_tokens).astype(np.int64))
+    chosen = PlannedRequests(
+        num_prompt_tokens=requests.num_prompt_tokens[rows],
+        shared_prefix_tokens=shared_with_previous(requests.shared_prefix_tokens, rows),
+        mean_output_tokens=requests.mean_output_tokens[rows],
+        mean_square_output_tokens=requests.mean_square_output_tokens[rows],
+        arrival=requests.arrival[rows],
+    )
+    return SimulatedJob(chosen, np.maximum(np.rint(chosen.mean_output_tokens), 1).astype(np.int64))
 
 
-def _table(policy: Policy, result: SimulationResult, capacity_tokens: int) -> pa.Table:
+def _table(policy: Policy, result: SimulationResult, capacity_tokens: int, every: int) -> pa.Table:
     usage = result.usage
-    count = len(usage.compute)
+    together = -(-len(usage.compute) // _MAX_PIECES)
+    begins = np.arange(0, len(usage.compute), together)
+    sizes = np.diff(np.append(begins, len(usage.compute)))
+
+    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.add.reduceat(values, begins) / sizes
+
     columns = {
-        "policy": np.repeat(policy, count),
-        "started_seconds": np.arange(count) * usage.piece_seconds,
-        "compute_share": usage.compute,
-        "memory_share": usage.memory,
-        "cache_share": usage.held_tokens / capacity_tokens,
+        "policy": np.repeat(policy, len(begins)),
+        "started_seconds": begins * usage.piece_seconds * every,
+        "compute_share": mean(usage.compute),
+        "memory_share": mean(usage.memory),
+        "cache_share": mean(usage.held_tokens) / capacity_tokens,
     }
     return pa.table(columns, schema=PREDICTED_USAGE)

@@ -140,7 +140,8 @@ def _split(
     shared = np.maximum(shared, np.append(shared[1:], 0)) - shared[1:].min(initial=int(shared.max(initial=0)))
     tokens = requests.num_prompt_tokens[positions] + requests.mean_output_tokens[positions]
     is_free = shared <= _MAX_SHARED_WHEN_DEALT * tokens
-    return split_from_both_ends(compute, memory, num_shards, is_free=is_free)
+    is_alone = shared <= _MAX_SHARED_WHEN_DEALT * requests.num_prompt_tokens[positions]
+    return split_from_both_ends(compute, memory, num_shards, is_free=is_free, is_alone=is_alone)
 
 
 def shared_with_previous(shared_prefix_tokens: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -27,28 +27,31 @@ def split_from_both_ends(
     num_shards: int,
     *,
     is_free: NDArray[np.bool_] | None = None,
+    is_alone: NDArray[np.bool_] | None = None,
 ) -> list[NDArray[np.int64]]:
     """Places of each shard, ascending, when the order [num_requests], by falling density, is cut from both ends.
 
-    Requests that are a good part of a shard by themselves are dealt out first, the largest to the emptiest shard, and
-    the others that share next to nothing (`is_free`) in turn, as they stand: so every shard gets its part of each kind,
-    whatever the estimate of that kind is worth. The rest is cut into pieces, each a run from the left and one from the
+    Requests that are a good part of a shard by themselves, and to which what they share is worth little (`is_free`),
+    are dealt out first, the largest to the emptiest shard; those whose prompts share next to nothing (`is_alone`) are
+    dealt out in turn, as they stand: so every shard gets its part of each kind, whatever the estimate of that kind is
+    worth. None of either by default. The rest is cut into pieces, each a run from the left and one from the
     right that hold what is wanted of the compute time and of the memory time (two equations, two unknowns), and every
     shard gets pieces from the ends as well as from the middle.
     """
     costs = np.stack([compute_seconds, memory_seconds])
     shares = costs / np.maximum(costs.sum(axis=1), _LEAST_SECONDS)[:, None]
     loads = np.zeros((2, num_shards))
-    is_free = np.zeros(len(compute_seconds), np.bool_) if is_free is None else is_free
+    nobody = np.zeros(len(compute_seconds), np.bool_)
+    is_free, is_alone = (nobody if chosen is None else chosen for chosen in (is_free, is_alone))
     is_lump = is_free & (shares.max(axis=0, initial=0.0) > 1 / (_LUMPS_OF_A_SHARD * num_shards))
-    for others in (~is_lump & ~is_free, ~is_lump & is_free):
+    for others in (~is_lump & ~is_alone, ~is_lump & is_alone):
         if np.count_nonzero(others) < num_shards:  # too few to give each shard one
             is_lump |= others
     parts = _deal(np.flatnonzero(is_lump), shares, loads)
-    in_turn = np.flatnonzero(is_free & ~is_lump)
+    in_turn = np.flatnonzero(is_alone & ~is_lump)
     turns = np.concatenate([np.arange(num_shards), np.arange(num_shards)[::-1]])
     turn = turns[np.arange(len(in_turn)) % len(turns)]
-    together = np.flatnonzero(~is_free & ~is_lump)
+    together = np.flatnonzero(~is_alone & ~is_lump)
     for row in range(2):
         loads[row] += np.bincount(turn, weights=shares[row, in_turn], minlength=num_shards)
     pieces = _cut_from_both_ends(shares[:, together], loads) if len(together) else [[] for _ in range(num_shards)]

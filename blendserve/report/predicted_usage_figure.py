@@ -1,4 +1,4 @@
-"""What a shard would use of compute and memory over time, by policy: the simulator's answer."""
+"""What the job would use of compute and memory over time, by policy: the simulator's answer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from blendserve.report.job_files import JobFiles, read_columns
 from blendserve.report.number_format import format_seconds
 
 _TITLE = "Predicted use of compute and memory"
-_NAMES = {"blend": "blend", "dfs": "depth first"}
+_NAMES = {
+    "blend": "blend",
+    "dfs": "depth first",
+    "fcfs": "first come, first served",
+    "random": "random order",
+    "longest": "longest first",
+}
 _SERIES = (
     ("compute_share", "compute", LEFT, 1.4),
     ("memory_share", "memory bandwidth", RIGHT, 1.4),
     ("cache_share", "KV cache held", MUTED, 1.0),
 )
-_GAP = 0.12
+_GAP = 0.3  # of the height, divided among the panels
 
 
 def draw_predicted_usage(job: JobFiles) -> Chart:
@@ -32,7 +38,8 @@ def draw_predicted_usage(job: JobFiles) -> Chart:
         reason = "Nothing was simulated: nothing is left to run, or the weights leave no room for a KV cache."
         return Chart.missing("predicted-usage", _TITLE, reason)
     titles = [_NAMES[policy] for policy in policies]
-    figure = make_subplots(rows=len(policies), cols=1, shared_xaxes=True, vertical_spacing=_GAP, subplot_titles=titles)
+    gap = _GAP / len(policies)
+    figure = make_subplots(rows=len(policies), cols=1, shared_xaxes=True, vertical_spacing=gap, subplot_titles=titles)
     ends = {}
     for row, policy in enumerate(policies, start=1):
         is_here = table["policy"] == policy
@@ -60,6 +67,7 @@ def draw_predicted_usage(job: JobFiles) -> Chart:
 def _caption(ends: dict[str, float]) -> str:
     times = ", ".join(f"{_NAMES[policy]} {format_seconds(end)}" for policy, end in ends.items())
     return (
-        "The first shard's requests by simulation, each as long as it is estimated to be: how much of the time each "
-        f"resource works ({times}). A blend keeps both lines up until the end; depth first uses one after the other."
+        "The whole job on one device by simulation, each request as long as it is estimated to be: how much of the "
+        f"time each resource works ({times}). A blend keeps both lines up until the end; depth first uses one after "
+        "the other."
     )

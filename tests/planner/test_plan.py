@@ -92,7 +92,7 @@ def test_relations_have_their_declared_schemas(tmp_path, policy):
     for shard in manifest.shards:
         assert pq.read_schema(folder.plan / shard.file).equals(SCHEDULED_REQUESTS)
     assert read_manifest(folder.plan / "plan.json", PlanManifest) == manifest
-    assert set(pq.read_table(folder.relation("predicted_usage")).column("policy").to_pylist()) == {"blend", "dfs"}
+    assert set(pq.read_table(folder.relation("predicted_usage")).column("policy").to_pylist()) == set(POLICIES)
     costs = pq.read_table(folder.relation("request_costs")).to_pylist()
     assert all(row["density"] == row["compute_seconds"] / row["memory_seconds"] for row in costs)
 

@@ -73,7 +73,7 @@ def test_every_gpu_gets_as_many_shards() -> None:
 
 def test_each_shard_gets_its_part_of_a_kind_that_is_estimated_wrongly():
     # 40 requests that share nothing and seem as cheap as any stand at one end; a cut would give them to one shard.
-    is_free = np.ones(4040, np.bool_)
-    parts = split_from_both_ends(np.ones(4040), np.full(4040, 2.0), 4, is_free=is_free)
+    is_alone = np.ones(4040, np.bool_)
+    parts = split_from_both_ends(np.ones(4040), np.full(4040, 2.0), 4, is_alone=is_alone)
     assert [np.count_nonzero(part >= 4000) for part in parts] == [10] * 4
     assert sorted(np.concatenate(parts).tolist()) == list(range(4040))
