@@ -8,7 +8,6 @@ from blendserve.planner.schedule import PlannedRequests
 from blendserve.planner.simulated_run import SimulatedJob
 from blendserve.planner.workload import RequestLengths
 
-
 PLACEMENTS = ("clustered", "natural", "shuffled")
 
 
@@ -16,7 +15,7 @@ def job_of(parts: list[RequestLengths], *, placement: str = "clustered", seed: i
     """What sorting the parts by their prompts gives.
 
     clustered: each part's prompts begin with a token of its own, as tasks do that have a template each, and stand
-    together. natural: those of a part with prefix groups do (all of MMLU's begin with "The following are multiple choice
+    together. natural: those of a part with prefix groups do (MMLU's all begin with "The following are multiple choice
     questions"), the free texts of the others are shuffled among each other. shuffled: the prefix groups and the single
     prompts of all parts are.
     """
