@@ -29,7 +29,7 @@ demo: $(READY)  ## Run the main job on a real model through the Airflow DAG, and
 
 test: $(READY) check  ## Run the linters and every test
 	tests/dags/install_programs.sh || echo "Tests that need these programs are skipped, and fail in CI."
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## Run the linters and the type checker
 	$(BIN)/ruff check .
@@ -38,7 +38,7 @@ check: $(READY)  ## Run the linters and the type checker
 	$(BIN)/lint-imports
 	$(BIN)/sqlfluff lint sql
 	$(BIN)/hadolint docker/Dockerfile
-	$(BIN)/yamllint -c docker/.yamllint.yaml docker/compose.yaml docker/library
+	$(BIN)/yamllint -c docker/.yamllint.yaml docker/compose.yaml docker/library docker/kubernetes
 
 airflow: $(READY)  ## Start Airflow on localhost with the pool and the DAGs ready
 	$(BIN)/python -m blendserve.airflow.standalone

@@ -88,6 +88,11 @@ class EngineSpec(_Spec):
         title="Deterministic",
         description="Bitwise the same tokens whatever runs beside a request. Slower; on a CPU one request at a time.",
     )
+    log_texts: bool = Field(
+        False,
+        title="Log texts",
+        description="Prompts and completions in the shards' logs, which more people may read than the results.",
+    )
 
 
 class JobSpec(SamplingSpec, EngineSpec):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
@@ -21,7 +21,10 @@ class FinishReason(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a request ended as. `token_ids` holds every generated token, a final end-of-text token included."""
+    """What a request ended as. `token_ids` holds every generated token, a final end-of-text token included.
+
+    prompt_token_ids: int32 [num_prompt_tokens].
+    """
 
     row_index: int
     request_id: str
@@ -31,6 +34,7 @@ class Completion:
     error: str | None
     num_prompt_tokens: int
     num_cached_tokens: int
+    prompt_token_ids: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, request: Request, reason: FinishReason, text: str) -> Completion:
@@ -44,6 +48,7 @@ class Completion:
             error=None,
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=request.num_cached_tokens,
+            prompt_token_ids=request.prompt_token_ids,
         )
 
     @classmethod
@@ -58,6 +63,7 @@ class Completion:
             error=error,
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=request.num_cached_tokens,
+            prompt_token_ids=request.prompt_token_ids,
         )
 
 

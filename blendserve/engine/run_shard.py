@@ -1,7 +1,8 @@
 """Runs one shard of a plan, in a process of its own: `python -m blendserve.engine.run_shard PLAN_DIR N`.
 
 Whatever an earlier attempt finished is kept and not run again. shard.json, written last, says that the shard is done.
-Messages and progress (JSON lines) go to stderr, the shard's manifest is the last line of stdout; prompts go nowhere.
+Messages and progress (JSON lines) go to stderr, the shard's manifest is the last line of stdout; prompts go nowhere
+unless the plan says that they shall be logged.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 import blendserve
 from blendserve.engine.batch_density import BatchDensity
+from blendserve.engine.detokenizer import Detokenizer
 from blendserve.engine.device import describe_device, resolve_device
 from blendserve.engine.engine import LLMEngine
 from blendserve.engine.request import Completion, FinishReason
@@ -144,6 +146,7 @@ class _ShardRun:
 
     def _run_engine(self, should_stop: Callable[[], bool]) -> None:
         plan, writer = self._plan, CompletionWriter(self._folder)
+        texts = Detokenizer(Path(plan.model), ()) if plan.engine.log_texts else None
         engine = LLMEngine(
             Path(plan.model),
             plan.engine,
@@ -160,6 +163,8 @@ class _ShardRun:
 
         def on_finished(completion: Completion) -> None:
             writer.add(completion)
+            if texts is not None:
+                _log_texts(completion, texts)
             self._num_done += 1
             self._reader.finish(completion)
             self._density.finish(completion.row_index)
@@ -225,6 +230,16 @@ class _ShardRun:
             device=device,
             versions=_versions(),
         )
+
+
+def _log_texts(completion: Completion, detokenizer: Detokenizer) -> None:
+    prompt = [] if completion.prompt_token_ids is None else completion.prompt_token_ids.tolist()
+    texts = {
+        "request_id": completion.request_id,
+        "prompt": detokenizer.decode(prompt),
+        "completion": completion.text,
+    }
+    log.info("%s", json.dumps({"event": "completion", **texts}, ensure_ascii=False))
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ def load_weights(
         files = {}
         try:
             for path in sorted(folder.glob("*.safetensors")):
+                if not os.access(path, os.R_OK):  # safetensors would say that there is no such file
+                    raise ModelError(f"{path} may not be read by this user. Give it the right to.")
                 file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
                 files.update(dict.fromkeys(file.keys(), file))
         except (SafetensorError, OSError) as error:

@@ -158,7 +158,9 @@ def test_the_llama3_rotary_table_has_transformers_frequencies(folder: Path) -> N
     assert table[0].tolist() == [1.0] * 64 + [0.0] * 64
 
 
-def test_weights_of_another_shape_or_missing_are_named(folder: Path) -> None:
+def test_weights_of_another_shape_missing_or_unreadable_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, config, cpu = folder / "model.safetensors", ModelConfig.load(folder), torch.device("cpu")
     tensors = load_file(path)
     norm = tensors.pop("model.norm.weight")
@@ -170,6 +172,9 @@ def test_weights_of_another_shape_or_missing_are_named(folder: Path) -> None:
         load_weights(folder, config, torch.float32, cpu)
     path.write_bytes(b"not safetensors")
     with pytest.raises(ModelError, match="can't be read as safetensors"):
+        load_weights(folder, config, torch.float32, cpu)
+    monkeypatch.setattr("os.access", lambda _path, _mode: False)  # root may read everything
+    with pytest.raises(ModelError, match=r"model\.safetensors may not be read by this user"):
         load_weights(folder, config, torch.float32, cpu)
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from blendserve import lease
 from blendserve.engine import shard_folder
+from blendserve.engine.detokenizer import Detokenizer
 from blendserve.engine.run_shard import Progress, main, run_shard
 from blendserve.errors import Interrupted, InUseError, OutputError, PlanError
 from blendserve.file_store import LocalStore
@@ -106,6 +107,21 @@ def test_a_shard_leaves_completions_metrics_and_its_manifest(llama: Path, plan_d
     assert told[-1].done == told[-1].total == NUM_REQUESTS and told[-1].tokens_per_second > 0
     assert told[0].density == 1.0, "what the plan says of these requests"
     assert told[-1].density is None, "nothing runs any more"
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_texts_are_logged_when_that_is_asked_for(
+    llama: Path, tmp_path: Path, is_wanted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    write_plan(tmp_path / "plan", llama, REQUESTS, log_texts=is_wanted)
+    run(tmp_path / "plan")
+    logged = [json.loads(line) for line in caplog.messages if line.startswith('{"event": "completion"')]
+    detokenizer = Detokenizer(llama, ())
+    expected = {f"request-{row}": detokenizer.decode(prompt) for row, prompt in enumerate(PROMPTS)}
+    assert {line["request_id"]: line["prompt"] for line in logged} == (expected if is_wanted else {})
+    texts = {row["request_id"]: row["completion"] for row in completions(tmp_path / "plan")}
+    assert all(line["completion"] == texts[line["request_id"]] for line in logged)
 
 
 def test_a_finished_shard_is_not_run_again(plan_dir: Path) -> None:
