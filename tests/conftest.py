@@ -69,3 +69,23 @@ def object_store() -> Iterator[dict[str, str]]:
 
     with running_object_store() as environment:
         yield environment
+
+
+# These files take longest. They are begun first, so that no worker is left with one of them at the end.
+_LONGEST_FILES = (
+    "test_cluster.py",
+    "test_demo.py",
+    "test_run.py",
+    "test_interruption.py",
+    "test_runs_without_server.py",
+    "test_object_store.py",
+    "test_scheduler.py",
+    "test_wheel.py",
+    "test_smollm2.py",
+    "test_compile_for_hopper.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(_LONGEST_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
