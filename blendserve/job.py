@@ -15,19 +15,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from blendserve.engine_process import Progress, find_plan, run_shard_process
-from blendserve.errors import OutputError, ReconciliationError
+from blendserve.errors import ReconciliationError
 from blendserve.extract import extract_requests
+from blendserve.finished_job import read_final_manifest
+from blendserve.finished_job import show as show
 from blendserve.gpus import check_gpus, run_shards
 from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, claim, holding, read_record, versions, writing_to
 from blendserve.manifest import PlanManifest, ShardManifest, read_json, read_manifest, replacing, write_manifest
 from blendserve.merge import check_ids_are_unique, merge_results
 from blendserve.preflight import ExaminedJob, examine
-from blendserve.schemas import RESULT_COLUMNS
 from blendserve.spec import JobSpec
 from blendserve.step import step, timings
 from blendserve.working_copy import working_copy
@@ -53,7 +53,7 @@ def run(
         check_gpus(spec.gpus)
         announce("extract", _extract(examined))
         if folder.success.is_file():
-            return {**_read_final_manifest(folder), "already_done": True}
+            return {**read_final_manifest(folder), "already_done": True}
         announce("tokenize", tokenize(folder.root))
         announce("analyze", analyze(folder.root))
         announce("sample", run_sample(folder.root, on_progress=on_progress))
@@ -152,7 +152,7 @@ def run_sample(
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
-    """Choose and run the sample. Its completions are part of the result and are not computed again."""
+    """Choose and run the sample. Its completions are part of the result; what its limit cuts off goes on in a shard."""
     folder, _ = _open(root)
     _drop_preview(folder)
     if (folder.plan / "plan.json").is_file():
@@ -202,7 +202,7 @@ def merge(root: Path, *, allow_missing: bool = False) -> dict[str, Any]:
     """
     folder, record = _open(root)
     if folder.success.is_file():
-        return {**_read_final_manifest(folder)["counts"], "path": str(folder.results)}
+        return {**read_final_manifest(folder)["counts"], "path": str(folder.results)}
     with step(folder, "merge"):
         merged = merge_results(folder, allow_missing=allow_missing)
     write_manifest(
@@ -242,7 +242,7 @@ def finish(root: Path) -> dict[str, Any]:
     from blendserve.planner.length_history import remember
 
     folder, _ = _open(root)
-    manifest = _read_final_manifest(folder)
+    manifest = read_final_manifest(folder)
     if manifest["status"] != "done":
         raise ReconciliationError(
             f"{manifest['counts']['missing']} request(s) of {folder.root} have no completion: a shard did not finish. "
@@ -253,17 +253,6 @@ def finish(root: Path) -> dict[str, Any]:
     with writing_to(folder.root), replacing(folder.success) as temporary:
         temporary.write_text(manifest["fingerprint"] + "\n", encoding="utf-8")
     return manifest
-
-
-def show(root: Path, num_rows: int) -> dict[str, Any]:
-    """A finished job for a person: `rows` (evenly spread over the result), `manifest`, `real_seconds` of its shards."""
-    folder, _ = _open(root)
-    manifest = _read_final_manifest(folder)
-    results = pads.dataset(folder.results, format="parquet", schema=RESULT_COLUMNS)
-    total = results.count_rows()
-    rows = results.take([position * total // num_rows for position in range(min(num_rows, total))]).to_pylist()
-    shards = [read_manifest(path, ShardManifest) for path in sorted(folder.completions.glob("shard-*/shard.json"))]
-    return {"rows": rows, "manifest": manifest, "real_seconds": sum(shard.seconds for shard in shards)}
 
 
 @contextmanager
@@ -298,11 +287,3 @@ def _open(root: Path) -> tuple[JobFolder, JobRecord]:
 
 def _num_rows(folder: JobFolder, relation: str) -> int:
     return int(pq.read_metadata(folder.relation(relation)).num_rows)
-
-
-def _read_final_manifest(folder: JobFolder) -> dict[str, Any]:
-    if not folder.manifest.is_file():
-        raise OutputError(
-            f"{folder.manifest} is not there: the job in {folder.root} is not merged yet. Run merge first."
-        )
-    return read_json(folder.manifest)

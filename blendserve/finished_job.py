@@ -1,0 +1,33 @@
+"""What there is to see of a job that has been merged: its manifest and some of its rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as pads
+
+from blendserve.errors import OutputError
+from blendserve.job_folder import JobFolder
+from blendserve.manifest import ShardManifest, read_json, read_manifest
+from blendserve.schemas import RESULT_COLUMNS
+
+
+def show(root: Path, num_rows: int) -> dict[str, Any]:
+    """A finished job for a person: `rows` (evenly spread over the result), `manifest`, `real_seconds` of its shards."""
+    folder = JobFolder(root.absolute())
+    manifest = read_final_manifest(folder)
+    results = pads.dataset(folder.results, format="parquet", schema=RESULT_COLUMNS)
+    total = results.count_rows()
+    rows = results.take([position * total // num_rows for position in range(min(num_rows, total))]).to_pylist()
+    shards = [read_manifest(path, ShardManifest) for path in sorted(folder.completions.glob("shard-*/shard.json"))]
+    return {"rows": rows, "manifest": manifest, "real_seconds": sum(shard.seconds for shard in shards)}
+
+
+def read_final_manifest(folder: JobFolder) -> dict[str, Any]:
+    """`manifest.json`. Raises OutputError when the job isn't merged."""
+    if not folder.manifest.is_file():
+        raise OutputError(
+            f"{folder.manifest} is not there: the job in {folder.root} is not merged yet. Run merge first."
+        )
+    return read_json(folder.manifest)
