@@ -1,6 +1,6 @@
 """The paper's 65 points in simulation: density 0.80..1.40, sharing 0.05..0.45, Llama-3.1-8B on an A100, overlap on.
 
-python benchmarks/planner/grid.py [--requests 100000] [--placement clustered|natural|shuffled] --output results.json
+python benchmarks/planner/grid.py [--requests 100000] [--placement natural|…] [--dfs-tokens 2048] --output results.json
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--placement", choices=PLACEMENTS, default="natural")
+    parser.add_argument("--dfs-tokens", type=int, default=512, help="tokens of a step of depth first; blend: 2048")
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--hardware", default="a100-80gb")
     parser.add_argument("--output", type=Path, required=True)
@@ -57,6 +59,7 @@ def main() -> None:
     machine = simulated_machine(
         load_model_shape(arguments.model), load_hardware(arguments.hardware), is_overlapped=True
     )
+    machine = replace(machine, unplanned_batched_tokens=arguments.dfs_tokens)
     started = time.monotonic()
     points = []
     with TemporaryDirectory() as folder, open_database(Path(folder)) as database:
