@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from blendserve.planner.schedule import PlannedRequests
-from blendserve.planner.simulated_run import SimulatedJob
+from blendserve.planner.simulated_job import SimulatedJob
 from blendserve.planner.workload import RequestLengths
 
 PLACEMENTS = ("clustered", "natural", "shuffled")

@@ -16,7 +16,8 @@ from blendserve.planner.plan import estimate_lengths, plan_hardware, rows_to_run
 from blendserve.planner.requests import compute_costs, read_request_states
 from blendserve.planner.schedule import PlannedRequests, schedule_requests
 from blendserve.planner.simulate import POLICIES, bound_seconds, simulated_machine, summarize_run
-from blendserve.planner.simulated_run import SimulatedJob, run_schedule
+from blendserve.planner.simulated_job import SimulatedJob
+from blendserve.planner.simulated_run import run_schedule
 from blendserve.spec import JobSpec, Policy
 
 

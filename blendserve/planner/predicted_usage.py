@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from blendserve.planner.performance_model import Hardware, ModelShape
 from blendserve.planner.schedule import CostModel, PlannedRequests, schedule_requests, shared_with_previous
 from blendserve.planner.simulate import POLICIES, capacity_tokens, simulated_machine
-from blendserve.planner.simulated_run import SimulatedJob, run_schedule
+from blendserve.planner.simulated_job import SimulatedJob
+from blendserve.planner.simulated_run import run_schedule
 from blendserve.planner.simulation import SimulationResult
 from blendserve.schemas import PREDICTED_USAGE
 from blendserve.spec import Policy

@@ -27,7 +27,8 @@ from blendserve.planner.performance_model import (
 )
 from blendserve.planner.requests import compute_costs
 from blendserve.planner.schedule import CostModel, PlannedRequests, schedule_requests
-from blendserve.planner.simulated_run import Lengths, SimulatedJob, run_policy
+from blendserve.planner.simulated_job import SimulatedJob
+from blendserve.planner.simulated_run import Lengths, run_policy
 from blendserve.planner.simulation import SimulatedMachine, SimulationResult
 from blendserve.planner.sorted_prompts import SortedPrompts, sort_prompts
 from blendserve.spec import Policy

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from blendserve.length_learning import ObservedLengths, ShardLengths
 from blendserve.planner.length_classes import length_classes
 from blendserve.planner.output_lengths import OutputLengths, estimate_output_lengths
-from blendserve.planner.prefix_tree import build_prefix_tree
-from blendserve.planner.schedule import CostModel, PlannedRequests, Schedule, schedule_requests, shared_with_previous
+from blendserve.planner.schedule import CostModel, Schedule, schedule_requests
+from blendserve.planner.simulated_job import SimulatedJob
 from blendserve.planner.simulation import (
     SimulatedMachine,
     SimulatedRequests,
@@ -41,47 +41,6 @@ _MAX_OUTPUT_TOKENS = 131_072  # nothing better is known of a workload's limits
 # Compute over memory time of a step while lengths are guesses: both in full use. That gets memory-heavy requests done
 # as early as may be, so that one that turns out long doesn't end up alone.
 _LEARNING_PACE = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class SimulatedJob:
-    """A workload in the order of its prompts: what the planner knows and, [num_requests], the lengths to come."""
-
-    requests: PlannedRequests
-    output_tokens: NDArray[np.int64]
-
-    @property
-    def num_requests(self) -> int:
-        return self.requests.num_requests
-
-    @property
-    def prefix_sharing(self) -> float:
-        """The most that any order can share, of the prompt tokens."""
-        prompt_tokens = int(self.requests.num_prompt_tokens.sum())
-        return int(self.requests.shared_prefix_tokens.sum()) / max(prompt_tokens, 1)
-
-    @property
-    def lengths(self) -> OutputLengths:
-        """The output lengths that the planner knows."""
-        requests = self.requests
-        return OutputLengths(
-            requests.mean_output_tokens, requests.mean_square_output_tokens, np.zeros(self.num_requests, np.int64)
-        )
-
-    def simulated_requests(self) -> SimulatedRequests:
-        """What the simulator has to run."""
-        tree = build_prefix_tree(self.requests.shared_prefix_tokens)
-        return SimulatedRequests(tree, self.requests.num_prompt_tokens, self.output_tokens)
-
-    def subset(self, rows: NDArray[np.int64], lengths: OutputLengths) -> PlannedRequests:
-        """Only `rows` (ascending) of the job, with `lengths` of the whole job as what the planner knows."""
-        return PlannedRequests(
-            num_prompt_tokens=self.requests.num_prompt_tokens[rows],
-            shared_prefix_tokens=shared_with_previous(self.requests.shared_prefix_tokens, rows),
-            mean_output_tokens=lengths.mean[rows],
-            mean_square_output_tokens=lengths.mean_square[rows],
-            arrival=self.requests.arrival[rows],
-        )
 
 
 @dataclass(frozen=True, slots=True)

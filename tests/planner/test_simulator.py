@@ -14,7 +14,8 @@ from blendserve.planner.memory_peak import peak_tokens
 from blendserve.planner.performance_model import CostConstants
 from blendserve.planner.schedule import PlannedRequests, schedule_requests
 from blendserve.planner.simulate import POLICIES, bound_seconds
-from blendserve.planner.simulated_run import SimulatedJob, run_policy, run_schedule
+from blendserve.planner.simulated_job import SimulatedJob
+from blendserve.planner.simulated_run import run_policy, run_schedule
 from blendserve.planner.simulation import SimulatedMachine
 
 UNITS = CostConstants(
