@@ -63,11 +63,15 @@ class ShardReader:
         lengths = self._read_lengths() if is_two_ended else None
         self.learner = None if lengths is None else LengthLearner(lengths, self.scanner)
 
+    def position_of(self, row_index: int) -> int:
+        """Where the request of this row stands in the scanner."""
+        return self._position[row_index]
+
     def finish(self, completion: Completion) -> None:
         """Learn from how long a request has become."""
         if self.learner and completion.finish_reason is not FinishReason.ERROR:
             is_cut_off = completion.finish_reason is FinishReason.LENGTH
-            position = self._position[completion.row_index]
+            position = self.position_of(completion.row_index)
             self.learner.finish(position, len(completion.token_ids), is_cut_off=is_cut_off)
 
     @property
