@@ -30,11 +30,12 @@ def profile_activation_bytes(model: LlamaModel, *, num_tokens: int, num_sampled:
             context_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
             max_seqlen_q=num_tokens,
         ),
+        outputs=tokens[-num_sampled:],
     )
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    model.logits(model.forward(batch, [cache] * config.num_layers, tokens[-num_sampled:]))
+    model.logits(model.forward(batch, [cache] * config.num_layers))
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     del cache, batch

@@ -21,7 +21,7 @@ from blendserve.engine.overlap import OverlapPolicy
 from blendserve.engine.running import IntArray
 from blendserve.engine.sampler import Sampler
 from blendserve.engine.scheduled_batch import ScheduledBatch
-from blendserve.engine.step_inputs import BlockTables, StepShape, model_batches, model_words, sampled_tokens
+from blendserve.engine.step_inputs import BlockTables, StepShape, model_batches, model_words, sampled_outputs
 from blendserve.models.batch import ModelBatch
 from blendserve.models.llama import LayerCache, LlamaModel
 from blendserve_kernels.copy_blocks import copy_blocks
@@ -133,7 +133,7 @@ class ModelRunner:
             self._tables.device.view(-1)[index_there] = blocks_there.int()
         if len(copies):
             copy_blocks(self._blocks.flatten(0, 1), *copies_there)
-        hidden = self._hidden(batch, shape, self._words[buffer], sampled)
+        hidden = self._hidden(batch, shape, self._words[buffer])[sampled]
         if num_sampled == 0:
             return LaunchedStep(torch.zeros(2, 0, dtype=torch.int64), began, self._mark())
         token_ids, is_finite = self._sampler(self.model.logits(hidden), seeds, positions)
@@ -160,7 +160,7 @@ class ModelRunner:
             for num_sampled in (16, 64, 128):
                 sampled = torch.zeros(num_sampled, dtype=torch.int64, device=self._device)
                 for longest_chunk in (1, shape.num_tokens):
-                    hidden = self._forward(words, shape, tables, longest_chunk, sampled)
+                    hidden = self._forward(words, shape, tables, longest_chunk)[sampled]
                 self._sampler(self.model.logits(hidden), sampled, sampled)
         torch.cuda.synchronize(self._device)
         return len(shapes)
@@ -175,8 +175,8 @@ class ModelRunner:
         return StepOutput(token_ids.astype(np.int32), is_valid.astype(np.bool_), busy_seconds)
 
     def _sampling_columns(self, batch: ScheduledBatch, shape: StepShape) -> list[IntArray]:
-        """Tokens to sample from, their rows, seeds and positions; on a GPU padded, with the row for padding."""
-        columns = [sampled_tokens(batch, shape), batch.sampled_rows, batch.sampled_seeds, batch.sampled_positions]
+        """Outputs to sample from, their rows, seeds and positions; on a GPU padded, with the row for padding."""
+        columns = [sampled_outputs(batch, shape), batch.sampled_rows, batch.sampled_seeds, batch.sampled_positions]
         num_sampled = len(batch.sampled_rows)
         if not self._is_gpu or num_sampled == 0:
             return columns
@@ -186,22 +186,20 @@ class ModelRunner:
             for column, value in zip(columns, (0, self._max_num_seqs, 0, 0), strict=True)
         ]
 
-    def _hidden(
-        self, batch: ScheduledBatch, shape: StepShape, host_words: torch.Tensor, sampled: torch.Tensor
-    ) -> torch.Tensor:
-        """What the head needs of the sampled tokens, [num_sampled, H]."""
+    def _hidden(self, batch: ScheduledBatch, shape: StepShape, host_words: torch.Tensor) -> torch.Tensor:
+        """What the head needs of all outputs, [num_outputs, H]."""
         words = host_words[: shape.num_words]
         model_words(batch, shape, self._tables, self._block_size, words.numpy())
         words = self._device_words[: shape.num_words].copy_(words, non_blocking=True)
         tables = self._tables.device
         if self._captured and is_captured(shape):
-            return self._captured.run(shape, partial(self._forward, words, shape, tables, shape.num_tokens))[sampled]
+            return self._captured.run(shape, partial(self._forward, words, shape, tables, shape.num_tokens))
         if not self._is_gpu:  # narrower tables are less to look at there; a GPU's kernels don't care
             contexts = [chunk.start + chunk.num_tokens for chunk in batch.prefills]
             longest = max([int(batch.decode_positions.max(initial=-1)) + 1, *contexts])
             tables = tables[:, : -(-longest // self._block_size)]
         longest_chunk = max((chunk.num_tokens for chunk in batch.prefills), default=0)
-        return self._forward(words, shape, tables, longest_chunk, sampled)
+        return self._forward(words, shape, tables, longest_chunk)
 
     def _shape(self, batch: ScheduledBatch) -> StepShape:
         num_decodes, num_chunks = len(batch.decode_rows), len(batch.prefills)
@@ -216,19 +214,11 @@ class ModelRunner:
             return padded_shape(num_decodes, batch.num_prefill_tokens, num_chunks)
         return StepShape(batch.num_tokens, num_decodes, num_chunks)
 
-    def _forward(
-        self,
-        words: torch.Tensor,
-        shape: StepShape,
-        tables: torch.Tensor,
-        longest_chunk: int,
-        sampled: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def _forward(self, words: torch.Tensor, shape: StepShape, tables: torch.Tensor, longest_chunk: int) -> torch.Tensor:
         batches = model_batches(words, shape, tables, self._last_tokens, longest_chunk, self._num_sms)
         if len(batches) == 1:
-            return self.model.forward(batches[0], self._kv_cache, sampled)
-        hidden = torch.cat(self._forward_side_by_side(*batches))
-        return hidden if sampled is None else hidden[sampled]
+            return self.model.forward(batches[0], self._kv_cache)
+        return torch.cat(self._forward_side_by_side(*batches))
 
     def _forward_side_by_side(self, decodes: ModelBatch, chunks: ModelBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Both at one time: they don't depend on each other, and what one leaves idle the other can use."""

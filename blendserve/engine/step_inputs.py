@@ -37,6 +37,11 @@ class StepShape:
     def num_words(self) -> int:
         return sum(self.sizes)
 
+    @property
+    def has_few_outputs(self) -> bool:
+        """Whether it pays to end the model's pass for the decodes and the chunks' last tokens alone."""
+        return self.num_decodes + self.num_chunks < self.num_tokens
+
     def first_prefill_token(self, num_decodes: int) -> int:
         """Where the chunks' tokens begin when there are `num_decodes` decodes without padding."""
         return self.num_decodes if self.num_programs else num_decodes
@@ -127,21 +132,29 @@ def model_batches(
     decode = prefill = None
     if shape.num_decodes:
         decode = DecodePart(tables[decode_rows], decode_contexts.int(), shape.num_programs or None)
+    outputs = None
     if shape.num_chunks:
         prefill = PrefillPart(tables[chunk_rows], chunk_starts.int(), chunk_contexts.int(), longest_chunk)
+        outputs = (chunk_starts[1:] - 1).clamp(min=0) if shape.has_few_outputs else None
     if not shape.num_programs:
-        return [ModelBatch(token_ids, positions, slots, decode, prefill)]
+        if outputs is not None and shape.num_decodes:
+            outputs = torch.cat((torch.arange(shape.num_decodes, device=words.device), outputs))
+        return [ModelBatch(token_ids, positions, slots, decode, prefill, outputs)]
     first, second = slice(shape.num_decodes), slice(shape.num_decodes, None)
+    num_others = num_sms - shape.num_programs
     return [
         ModelBatch(token_ids[first], positions[first], slots[first], decode, None),
-        ModelBatch(token_ids[second], positions[second], slots[second], None, prefill, num_sms - shape.num_programs),
+        ModelBatch(token_ids[second], positions[second], slots[second], None, prefill, outputs, num_others),
     ]
 
 
-def sampled_tokens(batch: ScheduledBatch, shape: StepShape) -> IntArray:
-    """Which of the model's tokens are sampled from: the decodes', and the last of each chunk that ends its prompt."""
+def sampled_outputs(batch: ScheduledBatch, shape: StepShape) -> IntArray:
+    """Which of the model's outputs are sampled from: the decodes', and the last of each chunk that ends its prompt."""
     num_decodes = len(batch.decode_rows)
     is_last = np.array([chunk.is_last for chunk in batch.prefills], dtype=np.bool_)
+    if shape.has_few_outputs:
+        chunks = (shape.num_decodes or num_decodes) + np.flatnonzero(is_last)
+        return np.concatenate((np.arange(num_decodes, dtype=np.int64), chunks))
     chunk_ends = (
         shape.first_prefill_token(num_decodes)
         + np.cumsum([chunk.num_tokens for chunk in batch.prefills], dtype=np.int64)

@@ -38,4 +38,5 @@ class ModelBatch:
     slot_mapping: torch.Tensor  # int64 [T]
     decode: DecodePart | None
     prefill: PrefillPart | None
+    outputs: torch.Tensor | None = None  # int64 [num_outputs], tokens whose next token may be wanted; all T by default
     product_programs: int | None = None  # SMs that products may take, all by default

@@ -46,13 +46,8 @@ class LlamaModel:
     def dtype(self) -> torch.dtype:
         return self._weights.embedding.dtype
 
-    def forward(
-        self, batch: ModelBatch, kv_cache: list[LayerCache], sampled: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """What the head turns into logits, [num_sampled, H]; stores K and V of all T tokens.
-
-        sampled: int64 [num_sampled], the tokens whose next token is wanted; without it all T are.
-        """
+    def forward(self, batch: ModelBatch, kv_cache: list[LayerCache]) -> torch.Tensor:
+        """What the head turns into logits, [num_outputs, H]; stores K and V of all T tokens."""
         layers, eps, programs = self._weights.layers, self.config.rms_norm_eps, batch.product_programs
         plans = self._plans(batch, kv_cache[0][0])
         residual = embedding(batch.token_ids, self._weights.embedding)  # [T, H]
@@ -60,9 +55,9 @@ class LlamaModel:
         for index, layer in enumerate(layers):
             is_last = index + 1 == len(layers)
             attended = self._attention(layer, normed, batch, kv_cache[index], plans)
-            if is_last and sampled is not None:
-                # What follows works on each token alone, so from here on only the sampled ones matter.
-                attended, residual = attended[sampled], residual[sampled]
+            if is_last and batch.outputs is not None:
+                # What follows works on each token alone, so from here on only these matter.
+                attended, residual = attended[batch.outputs], residual[batch.outputs]
             projected = layer.output(attended, programs)
             normed, residual = add_rms_norm(projected, residual, layer.post_attention_norm, eps)
             fed_forward = layer.down(layer.gate_up(normed, programs), programs)
@@ -71,7 +66,7 @@ class LlamaModel:
         return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_sampled, H] from `forward` → [num_sampled, vocab_size]."""
+        """[num_sampled, H], rows of what `forward` returns → [num_sampled, vocab_size]."""
         return self._weights.head(hidden)
 
     def _plans(self, batch: ModelBatch, k_cache: torch.Tensor) -> Plans:
