@@ -3,8 +3,9 @@
     PYTHONPATH=kernels:.[:VLLM] python benchmarks/throughput/run.py --workload FOLDER [FOLDER …] --order dfs
         [--engine blendserve vllm] [--output results.json] [--set max_num_batched_tokens=4096 …]
 
-FOLDER is one of workloads.py, or NUMBERxINPUT+OUTPUT, as 1000x32+1024, for equal requests that share nothing. Each
-engine runs in a process of its own, which loads random weights of the Llama-3.1-8B shape once and then takes the
+FOLDER is one of workloads.py, or NUMBERxINPUT+OUTPUT, as 1000x32+1024, for equal requests that share nothing;
+FOLDER:ORDER[,ORDER …] has orders of its own. vLLM knows no blend: it is left out there, and the ratio is to its dfs.
+Each engine runs in a process of its own, which loads random weights of the Llama-3.1-8B shape once and then takes the
 workloads in turn; loading and a warm-up are not counted. Prints a JSON line for each workload and order. Tokens are
 input plus output, outputs have fixed lengths, sampling is greedy; vLLM neither tokenizes nor detokenizes.
 """
@@ -89,6 +90,13 @@ def write_equal_requests(name: str, folder: Path) -> Path:
     return folder
 
 
+def folder_of(workload: str, scratch: Path) -> str:
+    if re.fullmatch(r"\d+x\d+\+\d+", workload) is None:
+        return workload
+    folder = scratch / workload
+    return str(folder if folder.is_dir() else write_equal_requests(workload, folder))
+
+
 def run_engine(engine: str, jobs: list[dict], settings: dict, scratch: Path, keep: Path) -> Iterator[dict]:
     """The engine's own figures for each job, as they come, from a process of its own. Its log is kept."""
     request = scratch / f"{engine}.json"
@@ -114,6 +122,19 @@ def run_engine(engine: str, jobs: list[dict], settings: dict, scratch: Path, kee
         sys.stderr.write(f"\n{engine} ended with status {process.returncode}\n")
 
 
+def vllm_figures(line: dict, lines: list[dict]) -> dict | None:
+    """vLLM's of the same workload and order; of depth-first order where the order is blend."""
+    order = "dfs" if line["order"] == "blend" else line["order"]
+    return next(
+        (
+            other["vllm"]
+            for other in lines
+            if other["workload"] == line["workload"] and other["order"] == order and "vllm" in other
+        ),
+        None,
+    )
+
+
 def commit() -> str:
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return found or os.environ.get("BLENDSERVE_COMMIT", "unknown")
@@ -136,16 +157,10 @@ def main() -> None:
         scratch = Path(name)
         model_folder(scratch / "model")
         keep = arguments.keep or scratch
-        folders = {
-            workload: str(write_equal_requests(workload, scratch / workload))
-            if re.fullmatch(r"\d+x\d+\+\d+", workload)
-            else workload
-            for workload in arguments.workload
-        }
         jobs = [
-            {"workload": Path(workload).name, "folder": folder, "order": order}
-            for workload, folder in folders.items()
-            for order in arguments.order
+            {"workload": Path(name).name, "folder": folder_of(name, scratch), "order": order}
+            for name, _, orders in (workload.partition(":") for workload in arguments.workload)
+            for order in (orders.split(",") if orders else arguments.order)
         ]
         settings = {"limits": LIMITS, "options": options}
         lines: list[dict] = [
@@ -153,11 +168,15 @@ def main() -> None:
         ]
         command = "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         for engine in arguments.engine:
-            for line, figures in zip(lines, run_engine(engine, jobs, settings, scratch, keep), strict=False):
+            numbers = [n for n, job in enumerate(jobs) if engine == "blendserve" or job["order"] != "blend"]
+            mine = [jobs[number] for number in numbers]
+            for number, figures in zip(numbers, run_engine(engine, mine, settings, scratch, keep), strict=False):
+                line = lines[number]
                 line[engine] = figures
-                if all(name in line for name in ("blendserve", "vllm")):
-                    line["ratio"] = line["blendserve"]["tokens_per_second"] / line["vllm"]["tokens_per_second"]
-                print(json.dumps(line if len(arguments.engine) == 1 or "ratio" in line else {engine: line}), flush=True)
+                peer = vllm_figures(line, lines)
+                if "blendserve" in line and peer is not None:
+                    line["ratio"] = line["blendserve"]["tokens_per_second"] / peer["tokens_per_second"]
+                print(json.dumps(line), flush=True)
                 if arguments.output:
                     content = {"command": command, "settings": settings, "runs": lines}
                     arguments.output.write_text(json.dumps(content, indent=1) + "\n")
