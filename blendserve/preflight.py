@@ -35,7 +35,7 @@ def examine(spec: JobSpec, root: Path | None = None) -> ExaminedJob:
     """
     files = _queried(open_input(spec.input), spec)
     RequestReader.of(spec, files.schema)
-    model_folder = resolve_model(spec.model)
+    model_folder = resolve_model(spec.model, needs_weights=spec.load_format != "dummy")
     architecture = ModelConfig.load(model_folder).architecture
     folder = JobFolder(root or Path(spec.output).absolute())
     record = JobRecord.of(spec, files, model_folder)

@@ -24,8 +24,10 @@ _HUB_IGNORED = ["consolidated*", "original/*", "onnx/*"]  # the same weights onc
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, *, needs_weights: bool = True) -> Path:
     """The folder of the model `name`: a short name, a local folder or a hub name.
+
+    needs_weights: whether a local folder must hold them; random ones need no more than the config and the tokenizer.
 
     The first use of a short name converts its weights, the first use of a hub name downloads them.
     Raises ModelError when there is no such model or its folder can't be used.
@@ -34,7 +36,7 @@ def resolve_model(name: str) -> Path:
         return _smollm2_folder()
     path = Path(name).expanduser()
     if path.is_dir():
-        return _checked_folder(path)
+        return _checked_folder(path, needs_weights=needs_weights)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise ModelError(
             f"Model '{name}': expected a folder with config.json, tokenizer.json and *.safetensors; no such folder."
@@ -62,7 +64,7 @@ def _file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _checked_folder(folder: Path) -> Path:
+def _checked_folder(folder: Path, *, needs_weights: bool = True) -> Path:
     present = {path.name for path in folder.iterdir()}
     missing = [name for name in ("config.json", "tokenizer.json") if name not in present]
     if missing:
@@ -70,7 +72,7 @@ def _checked_folder(folder: Path) -> Path:
             f"Model folder {folder} has no {' and no '.join(missing)}. Expected config.json, tokenizer.json and "
             "*.safetensors, as transformers' save_pretrained writes them for a model and its (fast) tokenizer."
         )
-    if not any(name.endswith(".safetensors") for name in present):
+    if needs_weights and not any(name.endswith(".safetensors") for name in present):
         pickled = sorted(name for name in present if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
         found = f"only {', '.join(pickled)}, which are pickles and may run code" if pickled else "no weights"
         raise ModelError(

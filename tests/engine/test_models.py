@@ -55,6 +55,11 @@ def test_an_incomplete_folder_is_refused(folder: Path, missing: list[str], expec
         resolve_model(str(folder))
 
 
+def test_random_weights_need_no_weights_in_the_folder(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert resolve_model(str(folder), needs_weights=False) == folder.resolve()
+
+
 def test_an_unknown_folder_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
     for name in (str(tmp_path / "nowhere"), "./nowhere", "some/deep/folder"):
         with pytest.raises(ModelError, match="no such folder"):
