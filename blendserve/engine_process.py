@@ -1,4 +1,8 @@
-"""Runs one shard in a process of its own, so that its GPU memory ends with it, and watches over that process."""
+"""Runs shards in a process of their own, so that its GPU memory ends with it, and watches over that process.
+
+The process says in JSON lines how far it is ("progress"), which shard is through ("done") and when it can take another
+("next"). It takes one shard after the other; which one it was given says whose failure its end is.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,25 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from blendserve.errors import EngineOutOfMemoryError, EngineProcessError, Interrupted, InUseError, PlanError
-from blendserve.file_store import open_store
+from blendserve.errors import (
+    BlendServeError,
+    EngineOutOfMemoryError,
+    EngineProcessError,
+    Interrupted,
+    InUseError,
+    PlanError,
+)
 from blendserve.manifest import PlanManifest, ShardManifest, read_manifest
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 20.0
 _KEPT_LINES = 30
+_EVENTS = ("progress", "next", "done")
 _MEMORY_MARKS = ("OutOfMemoryError", "MemoryError", "out of memory", "can't allocate memory")
 
 log = logging.getLogger(__name__)
@@ -44,52 +56,148 @@ def run_shard_process(
     on_progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     completions: str | None = None,
-    device: str | None = None,
 ) -> ShardManifest:
     """Run a shard of the plan in `plan_folder` to its end and return its manifest.
 
     Finished rows of an earlier attempt are kept and not run again. `should_stop` is asked five times a second; when
     it says yes, or when this thread is interrupted, the engine writes out what is finished and ends.
     `completions` is the folder or URL that the completions' folders lie in; by default what the plan says.
-    `device` is the one GPU that the process shall see, as CUDA_VISIBLE_DEVICES names it; by default all of them.
 
     Raises Interrupted when stopped, InUseError when another process has the shard, PlanError for an unknown shard or
     bad plan, EngineOutOfMemoryError or else EngineProcessError.
     """
-    plan = read_manifest(plan_folder / "plan.json", PlanManifest)
-    place = completions or str((plan_folder / plan.completions).resolve())
-    # The engine ends with us, however we end: the pipe to its stdin closes.
-    command = [sys.executable, "-m", "blendserve.engine.run_shard", "--stop-at-eof", "--completions", place]
-    command += [str(plan_folder), str(shard)]
-    with subprocess.Popen(  # noqa: S603 - our own module, no shell
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment(device)
-    ) as process:
-        lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        try:
-            status = _watch(process, lines, on_progress, should_stop)
-        except BaseException:
-            _stop(process)
-            raise
-    if status == 0:
-        content = open_store(f"{place}/shard-{shard:05d}").read("shard.json")
-        return ShardManifest.model_validate_json(content or b"")
-    detail = "\n".join(lines) or "it wrote nothing"
-    if status in (Interrupted.exit_status, -2, -15):
-        raise Interrupted(f"Shard {shard} was stopped. What is finished is kept; run again to go on.")
-    if status == InUseError.exit_status:
-        raise InUseError(detail.splitlines()[-1])
-    if status == PlanError.exit_status:
-        raise PlanError(f"Shard {shard} can't run: {detail}")
-    if status == -signal.SIGKILL or any(mark in detail for mark in _MEMORY_MARKS):
-        raise EngineOutOfMemoryError(
-            f"Shard {shard} of {plan_folder} ran out of memory, or was killed (status {status}). Finished rows are "
-            "kept; run again to go on, with fewer KV cache blocks or running requests if it comes again. "
-            f"Its last lines:\n{detail}"
+    done: list[ShardManifest] = []
+    engine = _EngineProcess(plan_folder, on_done=done.append, on_progress=on_progress)
+    engine.run([str(shard)], should_stop=should_stop, completions=completions, running=[shard])
+    return done[0]
+
+
+def run_shards_process(
+    plan_folder: Path,
+    next_shard: Callable[[], int | None],
+    on_done: Callable[[ShardManifest], None],
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    device: str | None = None,
+) -> None:
+    """Run shards one after the other in one process, which loads the model once.
+
+    `next_shard` is asked whenever the process can take another one, until it has None. `device` is the one GPU that the
+    process shall see, as CUDA_VISIBLE_DEVICES names it; by default all of them. All else is as for `run_shard_process`.
+    """
+    engine = _EngineProcess(plan_folder, on_done=on_done, on_progress=on_progress, next_shard=next_shard)
+    engine.run([], should_stop=should_stop, device=device)
+
+
+class _EngineProcess:
+    """An engine's process, the shards that it has been given, and what it says of them."""
+
+    def __init__(
+        self,
+        plan_folder: Path,
+        *,
+        on_done: Callable[[ShardManifest], None],
+        on_progress: Callable[[Progress], None] | None,
+        next_shard: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self._plan_folder = plan_folder
+        self._on_done = on_done
+        self._on_progress = on_progress
+        self._next_shard = next_shard
+        self._running: list[int] = []  # given to the process and not done
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        *,
+        should_stop: Callable[[], bool] | None,
+        completions: str | None = None,
+        device: str | None = None,
+        running: Sequence[int] = (),
+    ) -> None:
+        """Start the process and watch it to its end. `running`: the shards that its `arguments` name."""
+        plan = read_manifest(self._plan_folder / "plan.json", PlanManifest)
+        place = completions or str((self._plan_folder / plan.completions).resolve())
+        # The engine ends with us, however we end: the pipe to its stdin closes.
+        command = [sys.executable, "-m", "blendserve.engine.run_shard", "--stop-at-eof", "--completions", place]
+        command += [str(self._plan_folder), *arguments]
+        self._running = list(running)
+        with subprocess.Popen(  # noqa: S603 - our own module, no shell
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment(device)
+        ) as process:
+            try:
+                status = self._watch(process, should_stop)
+            except BaseException:
+                _stop(process)
+                raise
+        if status != 0 or self._running:
+            raise self._failure(status)
+
+    def _watch(self, process: subprocess.Popen[bytes], should_stop: Callable[[], bool] | None) -> int:
+        written: queue.Queue[bytes] = queue.Queue()
+        reader = threading.Thread(target=_forward, args=(process.stderr, written), daemon=True)
+        reader.start()
+        is_stopping = False
+        while process.poll() is None or reader.is_alive() or not written.empty():
+            if should_stop is not None and not is_stopping and should_stop():
+                process.terminate()
+                is_stopping = True
+            try:
+                line = written.get(timeout=_POLL_SECONDS).decode("utf-8", errors="replace").rstrip()
+            except queue.Empty:
+                continue
+            self._hear(line, process)
+        return process.wait()
+
+    def _hear(self, line: str, process: subprocess.Popen[bytes]) -> None:
+        """Take in a line that the process has written."""
+        message = _parse_event(line)
+        if message is None:
+            self._lines.append(line)
+            log.info("%s", line)
+        elif message["event"] == "next":
+            self._give_next(process)
+        elif message["event"] == "done":
+            manifest = ShardManifest.model_validate(message["manifest"])
+            self._running.remove(manifest.shard)
+            self._lines.clear()  # what was said of it explains no failure of another
+            self._on_done(manifest)
+        elif self._on_progress is not None:
+            self._on_progress(message)
+
+    def _give_next(self, process: subprocess.Popen[bytes]) -> None:
+        stdin = process.stdin
+        if stdin is None:
+            raise RuntimeError("the engine's process was started with a pipe")
+        shard = self._next_shard()
+        if shard is None:
+            stdin.close()
+            return
+        self._running.append(shard)
+        with suppress(BrokenPipeError):  # it has ended, which its status explains
+            os.write(stdin.fileno(), f"{shard}\n".encode())
+
+    def _failure(self, status: int) -> BlendServeError:
+        """What a process's end means that didn't finish its shards."""
+        what = f"Shard {self._running[0]}" if self._running else "The engine's process"
+        where = f"{what} of {self._plan_folder}"
+        detail = "\n".join(self._lines) or "it wrote nothing"
+        if status in (Interrupted.exit_status, -signal.SIGINT, -signal.SIGTERM):
+            return Interrupted(f"{what} was stopped. What is finished is kept; run again to go on.")
+        if status == InUseError.exit_status:
+            return InUseError(detail.splitlines()[-1])
+        if status == PlanError.exit_status:
+            return PlanError(f"{what} can't run: {detail}")
+        if status == -signal.SIGKILL or any(mark in detail for mark in _MEMORY_MARKS):
+            return EngineOutOfMemoryError(
+                f"{where} ran out of memory, or was killed (status {status}). Finished rows are kept; run again to go "
+                f"on, with fewer KV cache blocks or running requests if it comes again. Its last lines:\n{detail}"
+            )
+        return EngineProcessError(
+            f"{where} ended with status {status}. Finished rows are kept; run again to go on. Its last lines:\n{detail}"
         )
-    raise EngineProcessError(
-        f"Shard {shard} of {plan_folder} ended with status {status}. Finished rows are kept; run again to go on. "
-        f"Its last lines:\n{detail}"
-    )
 
 
 def _environment(device: str | None) -> dict[str, str]:
@@ -99,46 +207,19 @@ def _environment(device: str | None) -> dict[str, str]:
     return {**defaults, **os.environ, **chosen, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _watch(
-    process: subprocess.Popen[bytes],
-    lines: deque[str],
-    on_progress: Callable[[Progress], None] | None,
-    should_stop: Callable[[], bool] | None,
-) -> int:
-    written: queue.Queue[bytes] = queue.Queue()
-    reader = threading.Thread(target=_forward, args=(process.stderr, written), daemon=True)
-    reader.start()
-    is_stopping = False
-    while process.poll() is None or reader.is_alive() or not written.empty():
-        if should_stop is not None and not is_stopping and should_stop():
-            process.terminate()
-            is_stopping = True
-        try:
-            line = written.get(timeout=_POLL_SECONDS).decode("utf-8", errors="replace").rstrip()
-        except queue.Empty:
-            continue
-        progress = _parse_progress(line)
-        if progress is None:
-            lines.append(line)
-            log.info("%s", line)
-        elif on_progress is not None:
-            on_progress(progress)
-    return process.wait()
-
-
 def _forward(stream: IO[bytes] | None, written: queue.Queue[bytes]) -> None:
     for line in stream or ():
         written.put(line)
 
 
-def _parse_progress(line: str) -> Progress | None:
+def _parse_event(line: str) -> dict[str, Any] | None:
     if not line.startswith("{"):
         return None
     try:
         message = json.loads(line)
     except ValueError:
         return None
-    return message if message.get("event") == "progress" else None
+    return message if message.get("event") in _EVENTS else None
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

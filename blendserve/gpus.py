@@ -6,10 +6,10 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from blendserve.engine_process import Progress, run_shard_process
+from blendserve.engine_process import Progress, run_shards_process
 from blendserve.errors import UsageError
 from blendserve.manifest import ShardManifest
 from blendserve.nvidia_smi import query_gpus
@@ -37,30 +37,39 @@ def run_shards(
     gpus: int,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[ShardManifest]:
-    """Run shards of one plan, `gpus` at a time, each on a GPU of its own; yields their manifests as they are done.
+    """Run shards of one plan in `gpus` processes, each on a GPU of its own; yields their manifests as they are done.
 
-    When one fails, or the caller goes away, the others are stopped; they keep what they have finished.
+    A process takes the next shard when it is through with one. When one fails, or the caller goes away, the others are
+    stopped; they keep what they have finished.
     """
     visible = visible_gpus() if gpus > 1 else []
-    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    for number in range(gpus):
-        free.put(visible[number] if visible else None)
-    stop = threading.Event()
+    waiting, lock, stop = iter(shards), threading.Lock(), threading.Event()
+    ended: queue.SimpleQueue[ShardManifest | Future[None]] = queue.SimpleQueue()  # shards, and processes
 
-    def run(shard: int) -> ShardManifest:
-        device = free.get()
-        try:
-            return run_shard_process(
-                plan_folder, shard, on_progress=on_progress, should_stop=stop.is_set, device=device
+    def next_shard() -> int | None:
+        with lock:
+            return next(waiting, None)
+
+    num_processes = min(gpus, len(shards))
+    with ThreadPoolExecutor(max(num_processes, 1)) as pool:
+        for number in range(num_processes):
+            process = pool.submit(
+                run_shards_process,
+                plan_folder,
+                next_shard,
+                ended.put,
+                on_progress=on_progress,
+                should_stop=stop.is_set,
+                device=visible[number] if visible else None,
             )
-        finally:
-            free.put(device)
-
-    with ThreadPoolExecutor(gpus) as pool:
-        futures = [pool.submit(run, shard) for shard in shards]
+            process.add_done_callback(ended.put)
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            while num_processes:
+                done = ended.get()
+                if isinstance(done, ShardManifest):
+                    yield done
+                else:
+                    done.result()
+                    num_processes -= 1
         finally:
             stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)

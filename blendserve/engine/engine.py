@@ -70,7 +70,8 @@ class LLMEngine:
         max_in_flight: int | None = None,
         overlap: OverlapPolicy | None = None,
     ) -> None:
-        """max_useful_tokens, max_requests: all that will run at most, so that no more memory is taken than it can fill.
+        """max_useful_tokens, max_requests: what one source will hold at most, so that no more memory is taken than it
+        can fill.
 
         max_in_flight: steps that may be launched before the first one's tokens are back, 1 or 2. A GPU gets 2, so that
         it never waits for the host; on a CPU there is nothing to hide.
@@ -152,7 +153,8 @@ class LLMEngine:
             max_model_len=self.max_model_len,
             paced_tokens=self._paced_tokens,
         )
-        self._num_steps, self._ended = 0, time.perf_counter()
+        self._num_steps = self._num_shrinks = 0
+        self._ended = time.perf_counter()
         self._started = self._ended
         self.busy_seconds = self.waiting_seconds = 0.0
         in_flight: deque[_StepInFlight] = deque()

@@ -1,60 +1,37 @@
-"""Runs one shard of a plan, in a process of its own: `python -m blendserve.engine.run_shard PLAN_DIR N`.
+"""Runs shards of a plan, in a process of its own: `python -m blendserve.engine.run_shard PLAN_DIR [N]`.
 
-Whatever an earlier attempt finished is kept and not run again. shard.json, written last, says that the shard is done.
-Messages and progress (JSON lines) go to stderr, the shard's manifest is the last line of stdout; prompts go nowhere
-unless the plan says that they shall be logged.
+With N it runs that shard. Without, it asks for one after the other, `{"event": "next"}` on stderr, and takes its number
+as a line of stdin until that ends; the model stays loaded in between.
+
+Whatever an earlier attempt finished is kept and not run again. shard.json, written last, says that a shard is done.
+Messages and events (JSON lines) go to stderr, the manifest of each shard as a line to stdout; prompts go nowhere unless
+the plan says that they shall be logged.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
-import os
-import platform
+import queue
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import torch
-
-import blendserve
-from blendserve.engine.batch_density import BatchDensity
-from blendserve.engine.detokenizer import Detokenizer
-from blendserve.engine.device import describe_device, resolve_device
 from blendserve.engine.engine import LLMEngine
-from blendserve.engine.request import Completion, FinishReason
-from blendserve.engine.shard_folder import CompletionWriter, ShardFolder
-from blendserve.engine.shard_reader import ShardReader
-from blendserve.engine.step_metrics import StepMetrics, ended_seconds
-from blendserve.errors import BlendServeError, Interrupted, PlanError, ReconciliationError
+from blendserve.engine.shard_attempt import Progress as Progress
+from blendserve.engine.shard_attempt import ShardAttempt
+from blendserve.engine.shard_folder import ShardFolder
+from blendserve.engine.shard_reader import max_completion_tokens
+from blendserve.errors import BlendServeError, Interrupted, PlanError
 from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan, read_manifest
 
-_PROGRESS_SECONDS = 1.0
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a shard is. `done`: requests, those of earlier attempts too; tokens: prompt and output.
-
-    `density`: compute seconds over memory seconds of the requests that run, by the plan; None while none does.
-    """
-
-    shard: int
-    done: int
-    total: int
-    num_running: int
-    tokens_per_second: float
-    seconds: float
-    density: float | None
+_STDIN = 0
 
 
 def run_shard(
@@ -65,230 +42,159 @@ def run_shard(
     on_progress: Callable[[Progress], None] | None,
     completions: str | None = None,
 ) -> ShardManifest:
-    """Run what is left of a shard of the plan in `plan_dir`; returns at once when nothing is.
-
-    Raises Interrupted when `should_stop()` said so before the end; then all that was finished is written, and calling
-    it again goes on. Raises InUseError when another process runs the shard or has taken it over; PlanError, ModelError,
-    UsageError or OutputError for what plan, model, device or disk lack.
-    """
-    plan = read_manifest(plan_dir / "plan.json", PlanManifest)
-    shard_plan = _find_shard(plan, shard, plan_dir)
-    place = completions or str((plan_dir / plan.completions).resolve())
-    folder = ShardFolder(f"{place}/shard-{shard:05d}")
-    if (finished := _finished(folder, plan)) is not None:
-        return finished
-    with folder.locked():
-        if (finished := _finished(folder, plan)) is not None:  # by whom we waited for
-            return finished
-        folder.remove_manifest()  # of an earlier plan; its completions stay
-        folder.take_over()
-        return _ShardRun(plan_dir, plan, shard_plan, folder, on_progress).run(should_stop)
+    """Run what is left of a shard of the plan in `plan_dir`; see `ShardRunner.run`."""
+    runner = ShardRunner(plan_dir, [shard], should_stop=should_stop, on_progress=on_progress, completions=completions)
+    return runner.run(shard)
 
 
-def _find_shard(plan: PlanManifest, shard: int, plan_dir: Path) -> ShardPlan:
-    for shard_plan in plan.shards:
-        if shard_plan.shard == shard:
-            return shard_plan
-    raise PlanError(f"The plan in {plan_dir} has no shard {shard}. Expected 0 to {len(plan.shards) - 1}.")
-
-
-def _finished(folder: ShardFolder, plan: PlanManifest) -> ShardManifest | None:
-    """The manifest of a shard that is done; that of an earlier plan doesn't count."""
-    manifest = folder.read_manifest()
-    return manifest if manifest is not None and manifest.plan_id == plan.plan_id else None
-
-
-class _ShardRun:
-    """One attempt at a shard."""
+class ShardRunner:
+    """Runs shards of one plan, one after the other. The model is loaded when it is first needed, and kept."""
 
     def __init__(
         self,
         plan_dir: Path,
-        plan: PlanManifest,
-        shard_plan: ShardPlan,
-        folder: ShardFolder,
+        shards: Sequence[int] | None,
+        *,
+        should_stop: Callable[[], bool],
         on_progress: Callable[[Progress], None] | None,
+        completions: str | None = None,
     ) -> None:
-        self._plan = plan
-        self._shard_plan = shard_plan
-        self._folder = folder
+        """shards: those that may come, None for all of the plan; the KV cache is made large enough for any of them.
+
+        Raises PlanError for a bad plan or a shard that isn't in it.
+        """
+        self._plan_dir = plan_dir
+        self._plan = plan = read_manifest(plan_dir / "plan.json", PlanManifest)
+        self._coming = plan.shards if shards is None else tuple(self._find(shard) for shard in shards)
+        self._should_stop = should_stop
         self._on_progress = on_progress
-        self._reader = ShardReader(
-            plan_dir / shard_plan.file,
-            seed=plan.sampling.seed,
-            is_two_ended=plan.is_two_ended,
-            done_rows=folder.read_counts().column("row_index").to_pylist(),
-        )
-        self._num_requests = len(self._reader.row_indices)
-        self._num_resumed = self._num_requests - self._reader.num_requests
-        self._num_done = self._num_resumed
-        self._num_tokens = 0
-        self._density = BatchDensity(self._reader)
-        self._reported_at = 0.0
-        self._last_step: StepMetrics | None = None
+        self._completions = completions or str((plan_dir / plan.completions).resolve())
+        self._engine: LLMEngine | None = None
 
-    def run(self, should_stop: Callable[[], bool]) -> ShardManifest:
-        device = describe_device(resolve_device(self._plan.engine))
-        log.info(
-            "Shard %d: %d requests, %d of them finished earlier, on %s",
-            *(self._shard_plan.shard, self._num_requests, self._num_resumed, device),
+    def run(self, shard: int) -> ShardManifest:
+        """Run what is left of a shard; returns at once when nothing is.
+
+        Raises Interrupted when `should_stop()` said so before the end; then all that was finished is written, and
+        calling it again goes on. Raises InUseError when another process runs the shard or has taken it over; PlanError,
+        ModelError, UsageError or OutputError for what plan, model, device or disk lack.
+        """
+        shard_plan = self._find(shard)
+        folder = ShardFolder(f"{self._completions}/shard-{shard:05d}")
+        if (finished := self._finished(folder)) is not None:
+            return finished
+        with folder.locked():
+            if (finished := self._finished(folder)) is not None:  # by whom we waited for
+                return finished
+            folder.remove_manifest()  # of an earlier plan; its completions stay
+            folder.take_over()
+            attempt = ShardAttempt(self._plan_dir, self._plan, shard_plan, folder, self._on_progress)
+            return attempt.run(self._loaded_engine, self._should_stop)
+
+    def _find(self, shard: int) -> ShardPlan:
+        for shard_plan in self._plan.shards:
+            if shard_plan.shard == shard:
+                return shard_plan
+        raise PlanError(
+            f"The plan in {self._plan_dir} has no shard {shard}. Expected 0 to {len(self._plan.shards) - 1}."
         )
-        if self._reader.num_requests:
-            self._run_engine(should_stop)
-        if self._num_done < self._num_requests:
-            raise Interrupted(
-                f"Shard {self._shard_plan.shard} was asked to stop with {self._num_done} of {self._num_requests} "
-                "requests finished. They are written; run the shard again to go on."
+
+    def _finished(self, folder: ShardFolder) -> ShardManifest | None:
+        """The manifest of a shard that is done; that of an earlier plan doesn't count."""
+        manifest = folder.read_manifest()
+        return manifest if manifest is not None and manifest.plan_id == self._plan.plan_id else None
+
+    def _loaded_engine(self) -> LLMEngine:
+        """The engine. Prefixes that a shard leaves in its cache stay: the next may be a cut of the same subtree."""
+        if self._engine is None:
+            plan = self._plan
+            useful_tokens = [
+                shard.num_prompt_tokens + max_completion_tokens(self._plan_dir / shard.file) for shard in self._coming
+            ]
+            self._engine = LLMEngine(
+                Path(plan.model),
+                plan.engine,
+                plan.sampling,
+                max_useful_tokens=max(useful_tokens),
+                max_requests=max(shard.num_requests for shard in self._coming),
             )
-        manifest = self._manifest(device, self._folder.write_metrics())
-        self._folder.publish(manifest)
-        return manifest
-
-    def _run_engine(self, should_stop: Callable[[], bool]) -> None:
-        plan, writer = self._plan, CompletionWriter(self._folder)
-        texts = Detokenizer(Path(plan.model), ()) if plan.engine.log_texts else None
-        engine = LLMEngine(
-            Path(plan.model),
-            plan.engine,
-            plan.sampling,
-            max_useful_tokens=self._shard_plan.num_prompt_tokens + self._reader.max_completion_tokens,
-            max_requests=self._reader.num_requests,
-        )
-
-        def on_step(metrics: StepMetrics) -> None:
-            self._num_tokens += metrics.num_prefill_tokens + metrics.num_cached_tokens + metrics.num_decode_tokens
-            writer.add_step(metrics)
-            self._last_step = metrics
-            self._report(metrics)
-
-        def on_finished(completion: Completion) -> None:
-            writer.add(completion)
-            if texts is not None:
-                _log_texts(completion, texts)
-            self._num_done += 1
-            self._reader.finish(completion)
-            self._density.finish(completion.row_index)
-            if self._num_done == self._num_requests and self._last_step is not None:
-                self._report(self._last_step)
-
-        def must_stop() -> bool:
-            return self._folder.is_lost or should_stop()
-
-        try:
-            engine.run(self._reader, on_finished=on_finished, on_step=on_step, should_stop=must_stop)
-        finally:
-            writer.flush()
-
-    def _report(self, metrics: StepMetrics) -> None:
-        """Tell the progress, at most once a second and once at the end."""
-        now = time.monotonic()
-        is_last = self._num_done == self._num_requests
-        if self._on_progress is None or (now - self._reported_at < _PROGRESS_SECONDS and not is_last):
-            return
-        self._reported_at = now
-        seconds = metrics.started_seconds + metrics.step_seconds
-        self._on_progress(
-            Progress(
-                shard=self._shard_plan.shard,
-                done=self._num_done,
-                total=self._num_requests,
-                num_running=metrics.num_running,
-                tokens_per_second=round(self._num_tokens / seconds, 1) if seconds > 0 else 0.0,
-                seconds=round(seconds, 3),
-                density=self._density.value(),
-            )
-        )
-
-    def _manifest(self, device: str, metrics: pa.Table) -> ShardManifest:
-        counts = self._folder.read_counts()
-        counts = counts.filter(pc.is_in(counts.column("row_index"), pa.array(self._reader.row_indices)))
-        num_rows = pc.count_distinct(counts.column("row_index")).as_py()
-        if counts.num_rows != self._num_requests or num_rows != self._num_requests:
-            raise ReconciliationError(
-                f"{self._folder.place} holds {counts.num_rows} completions of {num_rows} requests, expected one for "
-                f"each of {self._num_requests}. Remove the folder and run the shard again."
-            )
-
-        def total(column: str, table: pa.Table = counts) -> int:
-            return int(pc.sum(table.column(column)).as_py() or 0)
-
-        num_failed = int(pc.sum(pc.equal(counts.column("finish_reason"), FinishReason.ERROR.value)).as_py() or 0)
-        return ShardManifest(
-            plan_id=self._plan.plan_id,
-            shard=self._shard_plan.shard,
-            status="done",
-            num_requests=self._num_requests,
-            num_succeeded=self._num_requests - num_failed,
-            num_failed=num_failed,
-            num_resumed=self._num_resumed,
-            num_prompt_tokens=total("num_prompt_tokens"),
-            num_cached_tokens=total("num_cached_tokens"),
-            num_completion_tokens=total("num_completion_tokens"),
-            num_preemptions=total("num_preempted", metrics),
-            num_steps=metrics.num_rows,
-            seconds=ended_seconds(metrics),
-            device=device,
-            versions=_versions(),
-        )
+        return self._engine
 
 
-def _log_texts(completion: Completion, detokenizer: Detokenizer) -> None:
-    prompt = [] if completion.prompt_token_ids is None else completion.prompt_token_ids.tolist()
-    texts = {
-        "request_id": completion.request_id,
-        "prompt": detokenizer.decode(prompt),
-        "completion": completion.text,
-    }
-    log.info("%s", json.dumps({"event": "completion", **texts}, ensure_ascii=False))
+class _Orders:
+    """The shards' numbers that come in on stdin, asked for one at a time."""
 
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
 
-def _versions() -> dict[str, str]:
-    return {
-        "blendserve": blendserve.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pyarrow": pa.__version__,
-    }
+    def read(self, on_end: Callable[[], None]) -> None:
+        """Read stdin to its end, which is told to `on_end` and ends the orders. For a thread of its own."""
+        # The bare descriptor: a thread inside sys.stdin would hold its lock and break the interpreter's end.
+        for line in io.FileIO(_STDIN, closefd=False):
+            self._lines.put(line)
+        on_end()
+        self.end()
+
+    def end(self) -> None:
+        """No more are waited for. May be called in a signal handler."""
+        self._lines.put(None)
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            _tell("next")
+            line = self._lines.get()
+            if line is None:
+                return
+            if not line.strip().isdigit():
+                raise PlanError(f"Expected the number of a shard as a line of stdin, got {line!r}.")
+            yield int(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a shard as the command line says. Returns the exit status: 0 done, 130 stopped, else that of the error."""
-    parser = argparse.ArgumentParser(prog="python -m blendserve.engine.run_shard", description="Run a plan's shard.")
-    parser.add_argument("plan_dir", type=Path, help="the folder of plan.json")
-    parser.add_argument("shard", type=int, help="the shard's number, from 0")
-    parser.add_argument("--completions", help="folder or URL of the completions' folder; by default the plan's")
-    parser.add_argument("--stop-at-eof", action="store_true", help="stop when stdin is closed, as by a dead parent")
-    arguments = parser.parse_args(argv)
+    """Run shards as the command line says. Returns the exit status: 0 done, 130 stopped, else that of the error."""
+    arguments = _parse(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    stop = threading.Event()
+    stop, signalled, orders = threading.Event(), threading.Event(), _Orders()
+
+    def on_signal(*_: object) -> None:
+        signalled.set()
+        stop.set()
+        orders.end()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: stop.set())
-    if arguments.stop_at_eof:
-        threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
+        signal.signal(number, on_signal)
+    is_asking = arguments.shard is None
+    if is_asking or arguments.stop_at_eof:
+        on_end = stop.set if arguments.stop_at_eof else lambda: None
+        threading.Thread(target=orders.read, args=(on_end,), daemon=True).start()
     try:
-        manifest = run_shard(
+        runner = ShardRunner(
             arguments.plan_dir,
-            arguments.shard,
+            None if is_asking else [arguments.shard],
             should_stop=stop.is_set,
-            on_progress=_write_progress,
+            on_progress=lambda progress: _tell("progress", **asdict(progress)),
             completions=arguments.completions,
         )
+        for shard in orders if is_asking else [arguments.shard]:
+            manifest = runner.run(shard)
+            _tell("done", manifest=manifest.model_dump(mode="json"))
+            sys.stdout.write(manifest.model_dump_json() + "\n")
     except BlendServeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_status
-    sys.stdout.write(manifest.model_dump_json() + "\n")
-    return 0
+    return Interrupted.exit_status if is_asking and signalled.is_set() else 0
 
 
-def _wait_for_eof(stop: threading.Event) -> None:
-    # The bare descriptor: a thread inside sys.stdin would hold its lock and break the interpreter's end.
-    while os.read(0, 1):
-        continue
-    stop.set()
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m blendserve.engine.run_shard", description="Run a plan's shards.")
+    parser.add_argument("plan_dir", type=Path, help="the folder of plan.json")
+    parser.add_argument("shard", type=int, nargs="?", help="the shard's number, from 0; by default as stdin says")
+    parser.add_argument("--completions", help="folder or URL of the completions' folder; by default the plan's")
+    parser.add_argument("--stop-at-eof", action="store_true", help="stop when stdin is closed, as by a dead parent")
+    return parser.parse_args(argv)
 
 
-def _write_progress(progress: Progress) -> None:
-    sys.stderr.write(json.dumps({"event": "progress", **asdict(progress)}) + "\n")
+def _tell(event: str, **more: Any) -> None:
+    sys.stderr.write(json.dumps({"event": event, **more}) + "\n")
     sys.stderr.flush()
 
 

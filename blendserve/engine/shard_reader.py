@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -25,20 +26,17 @@ from blendserve.schemas import SCHEDULED_REQUESTS
 _MAX_KEPT_TOKENS = 2**25
 
 
+def max_completion_tokens(path: Path) -> int:
+    """The most output tokens that all requests of a shard file may take. Raises PlanError when it isn't one."""
+    return int(pc.sum(_open_shard(path).read(columns=["max_tokens"]).column("max_tokens")).as_py() or 0)
+
+
 class ShardReader:
     """The requests of a shard file that still have to run, in the file's order: position 0 is the first of them."""
 
     def __init__(self, path: Path, *, seed: int, is_two_ended: bool, done_rows: Collection[int]) -> None:
         """done_rows: row_index of the requests that need not run. Raises PlanError when the file isn't a shard."""
-        try:
-            self._file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise PlanError(f"Shard {path} can't be read: {error}. Make the plan again.") from error
-        if self._file.schema_arrow.names != SCHEDULED_REQUESTS.names:
-            raise PlanError(
-                f"Shard {path}: expected the columns {', '.join(SCHEDULED_REQUESTS.names)}, "
-                f"got {', '.join(self._file.schema_arrow.names)}. It was written by another version; plan again."
-            )
+        self._file = _open_shard(path)
         self.is_two_ended = is_two_ended
         self._seed = seed
         metadata = self._file.metadata
@@ -52,7 +50,6 @@ class ShardReader:
         self.compute_seconds = self._numbers("compute_seconds")[self._remaining]
         self.memory_seconds = self._numbers("memory_seconds")[self._remaining]
         self._max_tokens = self._numbers("max_tokens")[self._remaining].astype(np.int64)
-        self.max_completion_tokens = int(self._max_tokens.sum())
         self.scanner = DualScanner(
             compute_seconds=self.compute_seconds,
             memory_seconds=self.memory_seconds,
@@ -144,3 +141,16 @@ class ShardReader:
     def _numbers(self, column: str) -> NDArray[np.float64]:
         values: NDArray[np.float64] = self._file.read(columns=[column]).column(column).to_numpy()
         return values
+
+
+def _open_shard(path: Path) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise PlanError(f"Shard {path} can't be read: {error}. Make the plan again.") from error
+    if file.schema_arrow.names != SCHEDULED_REQUESTS.names:
+        raise PlanError(
+            f"Shard {path}: expected the columns {', '.join(SCHEDULED_REQUESTS.names)}, "
+            f"got {', '.join(file.schema_arrow.names)}. It was written by another version; plan again."
+        )
+    return file

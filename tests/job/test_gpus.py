@@ -12,69 +12,111 @@ import pytest
 
 from blendserve import gpus
 from blendserve.errors import EngineProcessError, Interrupted, UsageError
+from blendserve.manifest import ShardManifest
+
+SLOW = 0  # a shard that takes longer than all others
 
 
 class FakeEngine:
-    """Stands in for the shard processes; remembers who ran where, and beside how many."""
+    """Stands in for the engines' processes; remembers who ran where, and beside how many."""
 
     def __init__(self, failing: int | None = None) -> None:
         self.failing = failing
         self.devices: dict[int, str | None] = {}
         self.stopped: list[int] = []
-        self.most_at_once = 0
+        self.num_processes = self.most_at_once = 0
         self._running: set[str | None] = set()
         self._lock = threading.Lock()
 
     def __call__(
-        self, _plan: Path, shard: int, *, on_progress: Any, should_stop: Callable[[], bool], device: str | None
-    ) -> int:
+        self,
+        _plan: Path,
+        next_shard: Callable[[], int | None],
+        on_done: Callable[[ShardManifest], None],
+        *,
+        on_progress: Any,
+        should_stop: Callable[[], bool],
+        device: str | None,
+    ) -> None:
         with self._lock:
             assert device not in self._running or device is None
             self._running.add(device)
-            self.devices[shard] = device
+            self.num_processes += 1
             self.most_at_once = max(self.most_at_once, len(self._running))
         try:
-            return self._run(shard, should_stop)
+            while (shard := next_shard()) is not None:
+                self.devices[shard] = device
+                self._run(shard, should_stop)
+                on_done(ShardManifest.model_construct(shard=shard))
         finally:
             with self._lock:
                 self._running.discard(device)
 
-    def _run(self, shard: int, should_stop: Callable[[], bool]) -> int:
+    def _run(self, shard: int, should_stop: Callable[[], bool]) -> None:
         if shard == self.failing:
             raise EngineProcessError("no")
         for _ in range(200 if self.failing is not None else 3):
             if should_stop():
                 self.stopped.append(shard)
                 raise Interrupted("stopped")
-            time.sleep(0.01)
-        return shard
+            time.sleep(0.1 if shard == SLOW else 0.01)
 
 
-def test_each_shard_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = FakeEngine()
-    monkeypatch.setattr(gpus, "run_shard_process", engine)
+@pytest.fixture
+def replaced(monkeypatch: pytest.MonkeyPatch) -> Callable[[FakeEngine], FakeEngine]:
+    def replace(engine: FakeEngine) -> FakeEngine:
+        monkeypatch.setattr(gpus, "run_shards_process", engine)
+        return engine
+
+    return replace
+
+
+def numbers(tmp_path: Path, num_shards: int, num_gpus: int) -> list[int]:
+    return [done.shard for done in gpus.run_shards(tmp_path, range(num_shards), gpus=num_gpus)]
+
+
+def test_each_process_has_a_gpu_of_its_own(
+    replaced: Callable[[FakeEngine], FakeEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = replaced(FakeEngine())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6,7")
-    done: list[Any] = list(gpus.run_shards(tmp_path, range(7), gpus=2))
-    assert sorted(done) == list(range(7)) == sorted(engine.devices)
+    assert sorted(numbers(tmp_path, 7, 2)) == list(range(7)) == sorted(engine.devices)
     assert set(engine.devices.values()) == {"4", "6"}
-    assert engine.most_at_once == 2
+    assert engine.most_at_once == engine.num_processes == 2
 
 
-def test_one_gpu_is_left_to_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = FakeEngine()
-    monkeypatch.setattr(gpus, "run_shard_process", engine)
-    assert len(list(gpus.run_shards(tmp_path, range(3), gpus=1))) == 3
-    assert set(engine.devices.values()) == {None}
+def test_a_process_that_is_through_takes_the_next_shard(
+    replaced: Callable[[FakeEngine], FakeEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = replaced(FakeEngine())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert numbers(tmp_path, 5, 2)[-1] == SLOW, "the other one ran all that came after it"
+    assert [shard for shard, device in engine.devices.items() if device == engine.devices[SLOW]] == [SLOW]
 
 
-def test_a_failed_shard_stops_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = FakeEngine(failing=1)
-    monkeypatch.setattr(gpus, "run_shard_process", engine)
+def test_no_more_processes_than_shards(
+    replaced: Callable[[FakeEngine], FakeEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = replaced(FakeEngine())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert numbers(tmp_path, 0, 4) == [] and engine.num_processes == 0
+    assert sorted(numbers(tmp_path, 2, 4)) == [0, 1] and engine.num_processes == 2
+
+
+def test_one_gpu_is_left_to_the_process(replaced: Callable[[FakeEngine], FakeEngine], tmp_path: Path) -> None:
+    engine = replaced(FakeEngine())
+    assert numbers(tmp_path, 3, 1) == [0, 1, 2]
+    assert set(engine.devices.values()) == {None} and engine.num_processes == 1
+
+
+def test_a_failed_shard_stops_the_others(
+    replaced: Callable[[FakeEngine], FakeEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = replaced(FakeEngine(failing=1))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(EngineProcessError):
-        list(gpus.run_shards(tmp_path, range(6), gpus=2))
-    assert engine.stopped == [0]
-    assert set(engine.devices) <= {0, 1, 2}
+        numbers(tmp_path, 6, 2)
+    assert engine.stopped == [0] and set(engine.devices) <= {0, 1, 2}
 
 
 @pytest.mark.parametrize(("visible", "expected"), [("", []), ("-1", []), ("0,3", ["0", "3"]), ("GPU-ab", ["GPU-ab"])])
