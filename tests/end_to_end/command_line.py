@@ -12,8 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
+import pytest
 
-from blendserve.engine.run_shard import run_shard
+from blendserve import gpus, job
+from blendserve.engine.run_shard import ShardRunner, run_shard
 from blendserve.manifest import ShardManifest
 
 NUM_ROWS = 48
@@ -77,6 +79,22 @@ def generated_row_indices(output: Path) -> list[int]:
     return [index for file in files for index in pq.read_table(file, columns=["row_index"])["row_index"].to_pylist()]
 
 
-def run_shard_here(plan_folder: Path, shard: int, **_callbacks: object) -> ShardManifest:
-    """In the place of `run_shard_process`: the engine in the process that asks for it."""
+def run_engines_here(patch: pytest.MonkeyPatch) -> None:
+    """Let the engine run in the process that asks for it: all the same code but for the process boundary."""
+    patch.setattr(job, "run_shard_process", _run_shard_here)
+    patch.setattr(gpus, "run_shards_process", _run_shards_here)
+
+
+def _run_shard_here(plan_folder: Path, shard: int, **_callbacks: object) -> ShardManifest:
     return run_shard(plan_folder, shard, should_stop=lambda: False, on_progress=None)
+
+
+def _run_shards_here(
+    plan_folder: Path,
+    next_shard: Callable[[], int | None],
+    on_done: Callable[[ShardManifest], None],
+    **_callbacks: object,
+) -> None:
+    runner = ShardRunner(plan_folder, None, should_stop=lambda: False, on_progress=None)
+    while (shard := next_shard()) is not None:
+        on_done(runner.run(shard))

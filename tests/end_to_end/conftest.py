@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from blendserve import job
 from blendserve.cli import app
-from tests.end_to_end.command_line import Blendserve, Finished, command, run_shard_here, write_requests
+from tests.end_to_end.command_line import Blendserve, Finished, command, run_engines_here, write_requests
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def blendserve_process() -> Blendserve:
 @pytest.fixture
 def blendserve(monkeypatch: pytest.MonkeyPatch) -> Blendserve:
     """The command in the test's own process, the engine too: all the same code but for the process boundary."""
-    monkeypatch.setattr(job, "run_shard_process", run_shard_here)
+    run_engines_here(monkeypatch)
 
     def call(*arguments: object, cwd: Path | None = None) -> Finished:
         if cwd is not None:

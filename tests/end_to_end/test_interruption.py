@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from blendserve import job
 from blendserve.cli import main
 from tests import forked
 from tests.end_to_end.command_line import (
@@ -20,7 +19,7 @@ from tests.end_to_end.command_line import (
     completions,
     generated_row_indices,
     job_options,
-    run_shard_here,
+    run_engines_here,
     write_requests,
 )
 
@@ -31,10 +30,11 @@ def start(arguments: list[object]) -> subprocess.Popen[str]:
     )
 
 
-def run_here(arguments: list[str]) -> None:
-    """The command with its engine in the same process, for a process that is killed whole."""
+def run_here(arguments: list[str], has_engine_process: bool = False) -> None:
+    """The command, for a process that is killed whole; its engine in a process of its own, or in the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "run_shard_process", run_shard_here)
+        if not has_engine_process:
+            run_engines_here(patch)
         patch.setattr(sys, "argv", ["blendserve", "run", *arguments])
         main()
 
@@ -74,13 +74,14 @@ MOMENTS = {
     "in the second shard": "completions/shard-00001",
     "in the merge": ".results.tmp",
 }
+HAS_ENGINE_PROCESS = {"in the first shard", "in the second shard"}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_9(
     moment: str, options: list[object], tmp_path: Path, blendserve: Blendserve, uninterrupted: dict[str, str]
 ) -> None:
-    process = forked.start(run_here, list(map(str, options)))
+    process = forked.start(run_here, list(map(str, options)), moment in HAS_ENGINE_PROCESS)
     wait_for(tmp_path / "out", MOMENTS[moment], process.is_alive)
     forked.kill(process)
     assert not (tmp_path / "out" / "_SUCCESS").exists()

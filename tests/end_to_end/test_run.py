@@ -58,8 +58,9 @@ def test_a_finished_job_says_so(blendserve: Blendserve, requests: Path, tiny_mod
 
 
 def test_every_way_of_running_gives_the_same_text(
-    blendserve: Blendserve, requests: Path, tiny_model: Path, tmp_path: Path
+    blendserve: Blendserve, blendserve_process: Blendserve, requests: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
+    """The last one with two engines side by side, in processes of their own."""
     ways = {
         "blend": [],
         "dfs": ["--policy", "dfs", "--shards", 3],
@@ -69,7 +70,8 @@ def test_every_way_of_running_gives_the_same_text(
     }
     texts = {}
     for name, options in ways.items():
-        done = blendserve("run", *job_options(requests, tmp_path / name, tiny_model), *options)
+        call = blendserve_process if "--gpus" in options else blendserve
+        done = call("run", *job_options(requests, tmp_path / name, tiny_model), *options)
         assert done.status == 0, done.stderr
         texts[name] = completions(tmp_path / name)
     assert all(text == texts["blend"] for text in texts.values())
