@@ -51,6 +51,7 @@ class Hardware:
     """One device (or several that act as one): peak rates and memory. `bytes_per_element` of weights and KV cache.
 
     interference: how much of the shorter of compute and memory time a step adds to the longer one, 1 without overlap.
+    overhead_seconds: what a step takes beside its products and its reads, whatever it holds.
     profile: what was measured on the device; its figures then go before the peak rates. `warnings` are for the plan.
     """
 
@@ -60,6 +61,7 @@ class Hardware:
     memory_bytes: float
     bytes_per_element: int
     interference: float = 1.0
+    overhead_seconds: float = 0.0
     profile: HardwareProfile | None = None
     warnings: tuple[str, ...] = ()
 
@@ -88,8 +90,10 @@ def step_floor_seconds(model: ModelShape, hardware: Hardware) -> float:
 
 
 def step_overhead_seconds(hardware: Hardware) -> float:
-    """What a measured step takes beside its products and its reads, whatever it holds; 0 by the data sheet."""
-    if hardware.profile is None or not hardware.profile.gemm.free_units:
+    """What a step takes beside its products and its reads, whatever it holds; 0 by the data sheet."""
+    if hardware.profile is None:
+        return hardware.overhead_seconds
+    if not hardware.profile.gemm.free_units:
         return 0.0
     gemm = hardware.profile.gemm
     return max(gemm.fixed_seconds - gemm.free_units * gemm.seconds_per_unit, 0.0)
@@ -130,6 +134,12 @@ BUILT_IN_HARDWARE: Final = {
 }
 
 _ASSUMED_GPU: Final = "a100-80gb"  # for the figures of a GPU that isn't known
+
+# What the engine gets out of an H100's data sheet, by the steps of real runs of an 8B model (benchmarks/throughput).
+_ACHIEVED_FLOPS: Final = 0.65
+_ACHIEVED_BANDWIDTH: Final = 0.905
+_LAYER_OVERHEAD_SECONDS: Final = 90e-6
+_ACHIEVED_INTERFERENCE: Final = 0.9
 
 
 def cost_constants(model: ModelShape, hardware: Hardware) -> CostConstants:
@@ -211,6 +221,26 @@ def load_hardware(name: str, *, device: str = "auto", model: ModelShape | None =
         )
     hardware = BUILT_IN_HARDWARE[matched[2]]
     return hardware.times(int(matched[1])) if matched[1] else hardware
+
+
+def as_achieved(hardware: Hardware, model: ModelShape) -> Hardware:
+    """`hardware` by what the engine gets out of a GPU instead of its peak rates; as it is where that was measured."""
+    if hardware.profile is not None or hardware.name.endswith("cpu"):
+        return hardware
+    warnings = hardware.warnings
+    if not hardware.name.endswith("h100"):
+        warnings += (
+            f"No profile of {hardware.name}: it is taken to reach the share of its peak rates that an H100 reaches. "
+            "Measure a profile to be sure.",
+        )
+    return replace(
+        hardware,
+        flops_per_second=_ACHIEVED_FLOPS * hardware.flops_per_second,
+        bytes_per_second=_ACHIEVED_BANDWIDTH * hardware.bytes_per_second,
+        interference=_ACHIEVED_INTERFERENCE,
+        overhead_seconds=_LAYER_OVERHEAD_SECONDS * model.num_layers,
+        warnings=warnings,
+    )
 
 
 def _profiled_hardware(profile: HardwareProfile, model: ModelShape | None) -> Hardware:

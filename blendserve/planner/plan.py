@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,17 @@ from blendserve.planner.database import open_database, write_relation
 from blendserve.planner.learning_inputs import learning_inputs
 from blendserve.planner.length_history import recall
 from blendserve.planner.output_lengths import SOURCES, OutputLengths, RememberedLengths, estimate_output_lengths
-from blendserve.planner.performance_model import Hardware, cost_constants, load_hardware, load_model_shape
+from blendserve.planner.performance_model import (
+    Hardware,
+    ModelShape,
+    as_achieved,
+    cost_constants,
+    load_hardware,
+    load_model_shape,
+)
 from blendserve.planner.plan_files import ScheduledRows, plan_id_of, shard_plans, write_plan_files
 from blendserve.planner.plan_summary import summarize
+from blendserve.planner.predicted_time import predict_seconds
 from blendserve.planner.predicted_usage import predict_usage
 from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.prompt_tokens import open_prompt_tokens
@@ -32,6 +40,7 @@ from blendserve.schemas import OUTPUT_LENGTH_ESTIMATES, PREDICTED_USAGE, REQUEST
 from blendserve.spec import JobSpec
 
 _BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CPU_NUM_SEQS, _GPU_NUM_SEQS = 64, 1024  # as the engine has them where the job states nothing
 
 
 def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManifest:
@@ -63,9 +72,25 @@ def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManif
 
 
 def plan_hardware(spec: JobSpec, model_folder: Path) -> Hardware:
-    """The hardware that the plan's times are for, with the number format that the engine will use."""
-    hardware = load_hardware(spec.hardware, device=spec.device, model=load_model_shape(model_folder))
-    return replace(hardware, bytes_per_element=_BYTES_PER_ELEMENT.get(spec.dtype, hardware.bytes_per_element))
+    """The hardware that the plan's times are for, as the engine will use it: its number format, overlapped or not."""
+    shape = load_model_shape(model_folder)
+    hardware = as_achieved(load_hardware(spec.hardware, device=spec.device, model=shape), shape)
+    return replace(
+        hardware,
+        bytes_per_element=_BYTES_PER_ELEMENT.get(spec.dtype, hardware.bytes_per_element),
+        interference=hardware.interference if spec.overlap == "on" else 1.0,
+    )
+
+
+def predictor(spec: JobSpec, shape: ModelShape, hardware: Hardware) -> Callable[..., float]:
+    """`predict_seconds` for the job's engine and model on `hardware`."""
+    return partial(
+        predict_seconds,
+        hardware,
+        shape,
+        cache_tokens=capacity_tokens(shape, hardware),
+        max_num_seqs=spec.max_num_seqs or (_CPU_NUM_SEQS if hardware.name == "cpu" else _GPU_NUM_SEQS),
+    )
 
 
 def schedule_rows(
@@ -139,11 +164,12 @@ def _manifest(
         summary={},
     )
     plan_id = plan_id_of(draft.model_dump_json(), scheduled, states)
-    cache_tokens = capacity_tokens(load_model_shape(model_folder), hardware)
-    summary = summarize(scheduled, states, lengths, hardware, cache_tokens)
-    return draft.model_copy(
-        update={"plan_id": plan_id, "shards": shard_plans(scheduled, states, plan_id, hardware), "summary": summary}
-    )
+    shape = load_model_shape(model_folder)
+    cache_tokens = capacity_tokens(shape, hardware)
+    shards = shard_plans(scheduled, states, plan_id, predictor(spec, shape, hardware))
+    seconds = sum(shard.predicted_seconds for shard in shards)
+    summary = summarize(scheduled, states, lengths, hardware, cache_tokens, seconds)
+    return draft.model_copy(update={"plan_id": plan_id, "shards": shards, "summary": summary})
 
 
 def _write_relations(

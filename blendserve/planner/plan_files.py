@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from blendserve.manifest import PlanManifest, ShardPlan, replacing, write_manifest
 from blendserve.planner.learning_inputs import LearningInputs
-from blendserve.planner.performance_model import Hardware
 from blendserve.planner.prompt_tokens import PromptTokens
 from blendserve.planner.requests import RequestStates
 from blendserve.planner.schedule import Schedule
@@ -68,24 +67,31 @@ def write_plan_files(
 
 
 def shard_plans(
-    scheduled: ScheduledRows, states: RequestStates, plan_id: str, hardware: Hardware
+    scheduled: ScheduledRows, states: RequestStates, plan_id: str, predict: Callable[..., float]
 ) -> tuple[ShardPlan, ...]:
-    """What each shard holds and should take on `hardware`."""
+    """What each shard holds and should take; `predict` is `predict_seconds` for the device and the model."""
     plans = []
     for shard in range(scheduled.schedule.num_shards):
         part = scheduled.shard_range(shard)
         compute = float(scheduled.schedule.compute_seconds[part].sum())
         memory = float(scheduled.schedule.memory_seconds[part].sum())
+        num_prompt_tokens = states.num_prompt_tokens[scheduled.rows[part]]
+        output_tokens = scheduled.estimated_output_tokens[part]
         plans.append(
             ShardPlan(
                 shard=shard,
                 file=f"shards-{plan_id}/shard-{shard:05}.parquet",
                 num_requests=part.stop - part.start,
-                num_prompt_tokens=int(states.num_prompt_tokens[scheduled.rows[part]].sum()),
-                estimated_output_tokens=int(scheduled.estimated_output_tokens[part].sum(dtype=np.int64)),
+                num_prompt_tokens=int(num_prompt_tokens.sum()),
+                estimated_output_tokens=int(output_tokens.sum(dtype=np.int64)),
                 compute_seconds=compute,
                 memory_seconds=memory,
-                predicted_seconds=hardware.seconds(compute, memory),
+                predicted_seconds=predict(
+                    compute_seconds=compute,
+                    memory_seconds=memory,
+                    num_prompt_tokens=num_prompt_tokens,
+                    output_tokens=output_tokens,
+                ),
             )
         )
     return tuple(plans)

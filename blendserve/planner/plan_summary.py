@@ -18,10 +18,12 @@ def summarize(
     lengths: OutputLengths,
     hardware: Hardware,
     cache_tokens: int,
+    predicted_seconds: float,
 ) -> dict[str, Any]:
     """Counts, sharing (of prompt tokens), densities (compute over memory time), seconds, and warnings.
 
-    `cache_tokens`: what the KV cache of `hardware` holds beside the model's weights.
+    `cache_tokens`: what the KV cache of `hardware` holds beside the model's weights. `predicted_seconds`: of all
+    shards together.
     """
     schedule, rows = scheduled.schedule, scheduled.rows
     num_prompt_tokens = int(states.num_prompt_tokens[rows].sum())
@@ -43,7 +45,7 @@ def summarize(
         "compute_seconds": compute,
         "memory_seconds": memory,
         "bound_seconds": max(schedule.ideal_compute_seconds, memory),
-        "predicted_seconds": hardware.seconds(compute, memory),
+        "predicted_seconds": predicted_seconds,
         "overlapped_seconds": max(compute, memory),
         "num_shards": schedule.num_shards,
         "hardware": hardware.name,

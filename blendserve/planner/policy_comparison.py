@@ -30,14 +30,13 @@ def compare_policies(
 ) -> dict[str, Any]:
     """Simulate what is left to run of the job under each policy, every request as long as it is estimated to be.
 
-    A GPU is taken to overlap compute and memory work, a CPU isn't. Returns `policies` (as `simulate` has them,
+    Compute and memory work overlap where the engine overlaps them. Returns `policies` (as `simulate` has them,
     and `device_hours`: what is paid for, whether shards run side by side or not; with a price their `cost`),
     `prefix_sharing_optimal` and `bound_seconds`.
     """
     hardware = plan_hardware(spec, model_folder)
-    is_overlapped = hardware.name != "cpu"
     shape = load_model_shape(model_folder)
-    machine = simulated_machine(shape, hardware, is_overlapped=is_overlapped)
+    machine = simulated_machine(shape, hardware, is_overlapped=hardware.interference < 1)
     with open_database(folder.work) as database:
         states = read_request_states(database, folder)
         rows = rows_to_run(states)

@@ -34,7 +34,7 @@ def predict_usage(requests: PlannedRequests, shape: ModelShape, hardware: Hardwa
     """
     if capacity_tokens(shape, hardware) < 1 or requests.num_requests == 0:
         return PREDICTED_USAGE.empty_table()
-    machine = simulated_machine(shape, hardware, is_overlapped=hardware.name != "cpu")
+    machine = simulated_machine(shape, hardware, is_overlapped=hardware.interference < 1)
     every = -(-requests.num_requests // _MAX_REQUESTS)
     rows = np.flatnonzero(np.arange(requests.num_requests) // _NEIGHBOURS % every == 0)
     job = _job_of(requests, rows)

@@ -15,7 +15,7 @@ from blendserve.planner.database import open_database
 from blendserve.planner.length_history import recall
 from blendserve.planner.output_lengths import OutputLengths, RememberedLengths
 from blendserve.planner.performance_model import load_model_shape, tokens_within_a_step
-from blendserve.planner.plan import plan_hardware, schedule_rows
+from blendserve.planner.plan import plan_hardware, predictor, schedule_rows
 from blendserve.planner.plan_files import plan_id_of, shard_plans, write_plan_files
 from blendserve.planner.prompt_tokens import open_prompt_tokens
 from blendserve.planner.requests import RequestStates, read_request_states
@@ -39,7 +39,7 @@ def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> i
     do. None runs for more than SAMPLE_TOKENS; the plan lets them go on from there. The choice depends on the requests
     alone, so that a job that goes on finds the sample it has run.
     """
-    hardware = plan_hardware(spec, model_folder)
+    hardware, shape = plan_hardware(spec, model_folder), load_model_shape(model_folder)
     with open_database(folder.work) as database:
         states = read_request_states(database, folder)
         states = replace(states, max_tokens=np.minimum(states.max_tokens, SAMPLE_TOKENS))
@@ -51,7 +51,7 @@ def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> i
             states.shared_prefix_tokens,
             states.num_prompt_tokens,
             others,
-            max_tokens=SAMPLE_TOKENS * tokens_within_a_step(load_model_shape(model_folder), hardware),
+            max_tokens=SAMPLE_TOKENS * tokens_within_a_step(shape, hardware),
         )
         rows = np.sort(np.concatenate([sampled, companions]))
         arrival = np.isin(rows, companions).astype(np.int64)  # first come, first served: the sampled ones came first
@@ -72,9 +72,8 @@ def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> i
         summary={"num_requests": len(rows), "num_sampled": len(sampled)},
     )
     plan_id = plan_id_of(draft.model_dump_json(), scheduled, states)
-    manifest = draft.model_copy(
-        update={"plan_id": plan_id, "shards": shard_plans(scheduled, states, plan_id, hardware)}
-    )
+    shards = shard_plans(scheduled, states, plan_id, predictor(spec, shape, hardware))
+    manifest = draft.model_copy(update={"plan_id": plan_id, "shards": shards})
     with open_prompt_tokens(folder.relation("tokenized_requests"), folder.work) as prompts:
         write_plan_files(folder.sample, manifest, scheduled, states, prompts)
     return len(rows)

@@ -11,6 +11,7 @@ from blendserve.errors import ModelError, UsageError
 from blendserve.planner.performance_model import (
     BUILT_IN_HARDWARE,
     BUILT_IN_MODELS,
+    as_achieved,
     cost_constants,
     load_hardware,
     load_model_shape,
@@ -111,3 +112,22 @@ def test_a_model_that_fills_the_memory_is_refused():
     four = load_hardware("4xa100-80gb")
     assert four.bytes_per_second == 4 * 2.039e12
     assert simulated_machine(BUILT_IN_MODELS["llama-3.1-70b"], four, is_overlapped=True).capacity_tokens > 100_000
+
+
+@pytest.mark.parametrize("name", ["h100", "4xh100", "a100-80gb", "cpu"])
+def test_a_plan_takes_a_gpu_by_what_the_engine_gets_out_of_it(name):
+    sheet = load_hardware(name)
+    achieved = as_achieved(sheet, LLAMA)
+    if name == "cpu":
+        assert achieved == sheet
+        return
+    machine = simulated_machine(LLAMA, achieved, is_overlapped=False)
+    peak = simulated_machine(LLAMA, sheet, is_overlapped=True)
+    tokens, kv_tokens = 1000, 400_000
+    compute = tokens * machine.constants.seconds_per_layer_token
+    step = machine.step(compute, kv_tokens).seconds
+    assert step == pytest.approx(0.00288 + compute + kv_tokens * machine.constants.seconds_per_kv_token)
+    assert step > 1.3 * (compute * 0.65 + kv_tokens * peak.constants.seconds_per_kv_token)
+    assert (peak.interference, machine.interference) == (0.0, 1.0)
+    assert simulated_machine(LLAMA, achieved, is_overlapped=True).interference == 0.9
+    assert any("No profile of a100" in text for text in achieved.warnings) == (name == "a100-80gb")

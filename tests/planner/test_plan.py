@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 
 from blendserve.manifest import PlanManifest, read_manifest
 from blendserve.planner.analyze import analyze
+from blendserve.planner.performance_model import BUILT_IN_MODELS, as_achieved, load_hardware
 from blendserve.planner.plan import make_plan
 from blendserve.planner.policy_comparison import compare_policies
+from blendserve.planner.predicted_time import predict_seconds
 from blendserve.planner.sample import write_sample_plan
 from blendserve.schemas import (
     OUTPUT_LENGTH_ESTIMATES,
@@ -27,6 +30,7 @@ from blendserve.schemas import (
 )
 from tests.planner.jobs import make_spec, scheduled_rows, write_completions, write_job, write_model
 
+LLAMA = BUILT_IN_MODELS["llama-3.1-8b"]
 POLICIES = ["blend", "dfs", "fcfs", "random", "longest"]
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=0, max_size=30)
 
@@ -245,6 +249,44 @@ def test_policies_are_compared_before_anything_runs(tmp_path, hardware):
         assert figures["prefix_sharing"] <= comparison["prefix_sharing_optimal"] + 1e-9
         assert figures["cost"] == pytest.approx(2.5 * figures["seconds"] / 3600)
     assert comparison["policies"]["blend"]["prefix_sharing"] >= 0.99 * comparison["prefix_sharing_optimal"]
+
+
+def test_the_promised_time_is_that_of_the_engine_as_it_will_run(tmp_path):
+    prompts, hints = three_kinds(120)
+    folder = write_job(tmp_path / "job", prompts, max_tokens=1000, hints=hints)
+    analyze(folder, dedupe=True)
+    model = write_model(tmp_path / "model")
+    compared = {
+        overlap: compare_policies(folder, make_spec(folder, hardware="h100", overlap=overlap), model)["policies"]
+        for overlap in ("off", "on")
+    }
+    for policy in POLICIES:
+        figures = compared["off"][policy]
+        assert figures["seconds"] >= (figures["compute_seconds"] + figures["memory_seconds"]) * 0.999
+        assert compared["on"][policy]["seconds"] < figures["seconds"]
+
+
+def test_a_predicted_time_counts_the_steps():
+    hardware = replace(as_achieved(load_hardware("h100"), LLAMA), interference=1.0)
+
+    def predict(output_tokens, cache_tokens=1_000_000):
+        number = len(output_tokens)
+        return predict_seconds(
+            hardware,
+            LLAMA,
+            compute_seconds=10.0,
+            memory_seconds=5.0,
+            num_prompt_tokens=np.full(number, 100, np.int32),
+            output_tokens=np.array(output_tokens),
+            cache_tokens=cache_tokens,
+            max_num_seqs=1024,
+        )
+
+    assert predict([0] * 10) == 15.0
+    assert predict([1000] * 1024) == pytest.approx(15 + 1000 * 0.00288)
+    assert predict([1000] * 2048) == pytest.approx(15 + 2000 * 0.00288)  # two waves
+    assert predict([1000] * 1024, cache_tokens=60_000) == pytest.approx(15 + 10_240 * 0.00288)  # a hundred at a time
+    assert predict([10_000]) > 70  # alone: the weights are read for every token
 
 
 def test_a_job_of_no_requests_has_an_empty_plan(tmp_path):

@@ -1,0 +1,36 @@
+"""How long a shard will take: its work, and what its steps cost beside it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blendserve.planner.performance_model import Hardware, ModelShape, step_floor_seconds, step_overhead_seconds
+
+
+def predict_seconds(
+    hardware: Hardware,
+    shape: ModelShape,
+    *,
+    compute_seconds: float,
+    memory_seconds: float,
+    num_prompt_tokens: NDArray[np.int32],
+    output_tokens: NDArray[np.int64],
+    cache_tokens: int,
+    max_num_seqs: int,
+) -> float:
+    """Seconds that requests with so much work take together on `hardware`.
+
+    num_prompt_tokens, output_tokens: [num_requests]. cache_tokens: of the KV cache. max_num_seqs: that run at one time.
+    A run has as many steps as its longest output, or more where the cache holds too few requests to be done by then.
+    """
+    work = hardware.seconds(compute_seconds, memory_seconds)
+    decodes = output_tokens.astype(np.float64)
+    if decodes.sum() == 0:
+        return work
+    kv_reads = float((num_prompt_tokens * decodes + decodes**2 / 2).sum())
+    num_together = min(float(max_num_seqs), max(cache_tokens * float(decodes.sum()) / max(kv_reads, 1.0), 1.0))
+    longest = float(decodes.max())
+    overhead = step_overhead_seconds(hardware)
+    num_steps = max(longest, float(decodes.sum()) / num_together)
+    return max(work + overhead * num_steps, (overhead + step_floor_seconds(shape, hardware)) * longest)
