@@ -12,7 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final, get_args
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from blendserve.errors import InputError, UsageError
 from blendserve.planner.database import open_database
@@ -123,7 +125,7 @@ def _interference(device: Hardware) -> float:
 
 
 def read_job(path: Path, folder: Path) -> SimulatedJob:
-    """Sort the workload at `path`. Raises InputError when a column is missing."""
+    """Sort the workload at `path`. Raises InputError when a column is missing or a length null or negative."""
     try:
         names = pq.read_schema(path).names
     except (OSError, ValueError) as error:
@@ -133,7 +135,7 @@ def read_job(path: Path, folder: Path) -> SimulatedJob:
             f"{path} has columns {', '.join(names)}. "
             "Expected output_tokens and one of prompt_token_ids (list<int32>) and input_tokens."
         )
-    outputs = np.asarray(pq.read_table(path, columns=["output_tokens"]).column(0).to_numpy(), dtype=np.int64)
+    outputs = _lengths(path, "output_tokens")
     prompts = sort_prompts(path, folder) if "prompt_token_ids" in names else _unshared(path)
     output = np.maximum(outputs[prompts.file_position], 1)
     mean = output.astype(np.float64)
@@ -162,10 +164,18 @@ def summarize_run(results: list[SimulationResult]) -> dict[str, Any]:
     }
 
 
+def _lengths(path: Path, name: str) -> NDArray[np.int64]:
+    lengths = pq.read_table(path, columns=[name]).column(0)
+    is_wrong = pc.fill_null(pc.less(lengths, 0), True)
+    row = pc.index(is_wrong, True).as_py()
+    if row >= 0:
+        raise InputError(f"{path} has {name} {lengths[row]} in row {row} (counted from 0). Expected 0 or more.")
+    return np.asarray(lengths.to_numpy(), dtype=np.int64)
+
+
 def _unshared(path: Path) -> SortedPrompts:
-    lengths = pq.read_table(path, columns=["input_tokens"]).column(0).to_numpy()
-    count = len(lengths)
-    return SortedPrompts(np.arange(count), np.asarray(lengths, dtype=np.int64), np.zeros(count, np.int32))
+    lengths = _lengths(path, "input_tokens")
+    return SortedPrompts(np.arange(len(lengths)), lengths, np.zeros(len(lengths), np.int32))
 
 
 def _check(gpus: int, policies: tuple[Policy, ...]) -> None:

@@ -97,6 +97,10 @@ def test_wrong_inputs_are_refused(tmp_path):
         simulate(path, **MACHINE)
     with pytest.raises(InputError, match="can't be read"):
         simulate(tmp_path / "missing.parquet", **MACHINE)
+    for wrong in (-1, None):
+        pq.write_table(pa.table({"input_tokens": [5, 6], "output_tokens": [3, wrong]}), tmp_path / "wrong.parquet")
+        with pytest.raises(InputError, match=r"in row 1 .*Expected 0 or more"):
+            simulate(tmp_path / "wrong.parquet", **MACHINE)
     with pytest.raises(ModelError, match="Expected a model's folder"):
         simulate(path, model="gpt-17", hardware="a100-80gb")
     with pytest.raises(UsageError, match="Unknown hardware"):
