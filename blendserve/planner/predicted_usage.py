@@ -1,6 +1,6 @@
 """How each policy would use compute and memory over the whole job, on one device.
 
-The simulator replays all requests of a job of up to 20,000, else one run of neighbours in every few, so that this costs
+The simulator replays all requests of a job of up to 10,000, else one run of neighbours in every few, so that this costs
 seconds however large the job is.
 """
 
@@ -21,7 +21,7 @@ from blendserve.planner.simulation import SimulationResult
 from blendserve.schemas import PREDICTED_USAGE
 from blendserve.spec import Policy
 
-_MAX_REQUESTS: Final = 20_000
+_MAX_REQUESTS: Final = 10_000
 _NEIGHBOURS: Final = 32  # requests that are kept together, so that they share what they shared
 _MAX_PIECES: Final = 256  # of a policy
 
