@@ -50,6 +50,7 @@ class ShardLengths:
     unit_id: NDArray[np.int64]
     compute_seconds: NDArray[np.float64]
     memory_seconds: NDArray[np.float64]
+    seconds_per_prompt_token: float
     seconds_per_decode_token: float
     seconds_per_kv_token: float
     observed: ObservedLengths
@@ -77,6 +78,11 @@ class LengthLearner:
         self._next_step = _FIRST_STEPS
         self.estimated_tokens = shard.estimated_tokens.copy()  # of all, by position; those that run may be beyond it
         self.footprint_tokens = np.zeros(num_requests)  # KV cache tokens held on average over a life
+
+    @property
+    def token_seconds(self) -> tuple[float, float]:
+        """What a prompt's token and reading a token of KV cache take, by the plan."""
+        return self._shard.seconds_per_prompt_token, self._shard.seconds_per_kv_token
 
     def is_due(self, step: int) -> bool:
         """Whether to `revise` in this step of the engine; if so, the next ones it isn't.

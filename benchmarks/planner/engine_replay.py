@@ -48,7 +48,8 @@ CONFIG = {
     "vocab_size": 128256,
 }
 MAX_TOKENS = 131_072
-BLOCK_SIZE, MAX_NUM_SEQS, MAX_BATCHED_TOKENS, PACED_TOKENS = 128, 1024, 8192, 512
+BLOCK_SIZE, MAX_NUM_SEQS, MAX_BATCHED_TOKENS = 128, 1024, 8192
+PACED_TOKENS = 1  # the simulated machine overlaps any number of them
 HARDWARE = "a100-80gb"
 
 
@@ -92,6 +93,7 @@ def replay(reader: ShardReader, outputs: np.ndarray, limit: int, machine) -> tup
         max_num_batched_tokens=MAX_BATCHED_TOKENS,
         max_model_len=2 * MAX_TOKENS,
         paced_tokens=PACED_TOKENS,
+        weights_tokens=round(machine.step_seconds / machine.constants.seconds_per_kv_token),
     )
     running, constants = scheduler.running, machine.constants
     total = dict.fromkeys(("seconds", "compute_seconds", "memory_seconds", "num_steps", "num_preemptions"), 0)

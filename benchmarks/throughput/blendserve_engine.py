@@ -25,7 +25,6 @@ class Source:
 
     def __init__(self, requests: OrderedRequests, count: int | None = None) -> None:
         self._requests = requests
-        self.is_two_ended = requests.is_two_ended
         self.scanner = DualScanner(
             compute_seconds=requests.compute_seconds[:count],
             memory_seconds=requests.memory_seconds[:count],

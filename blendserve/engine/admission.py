@@ -1,73 +1,105 @@
-"""Whether one more request fits beside the running ones, by how long each is still expected to grow."""
+"""What waits, and which of it may be admitted next: preempted requests first, then what stands at either front."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
 
+from blendserve.admission_rate import READMITTED_SHARE
 from blendserve.dual_scanner import Front
+from blendserve.engine.memory_forecast import MemoryForecast
+from blendserve.engine.pace import Pace
 from blendserve.engine.request import Request
-from blendserve.engine.running import IntArray, RunningRequests
+from blendserve.engine.upcoming import UpcomingRequests
 
 
-class MemoryForecast:
-    """The highest KV cache use that the running requests are expected to reach, in tokens.
+class Candidate(NamedTuple):
+    """A request that may be admitted if the KV cache is expected to hold no more than `room_tokens` with it.
 
-    All decode in step, one token each, and free their memory when they finish. So use peaks just before a request
-    finishes: when it has r tokens to go, every request that isn't done by then has grown by r. That allows about twice
-    as many requests as counting every one at its full length. Each leaves half of its last block empty on average.
-
-    `footprint_tokens`: by front, what its requests hold on average over their lives.
+    front: where it stands; None: it was preempted.
     """
 
-    def __init__(
-        self, running: RunningRequests, *, num_used_tokens: int, capacity_tokens: int, block_size: int
-    ) -> None:
-        """num_used_tokens: what running requests hold now, shared prefixes and filled parts of blocks only."""
-        self._capacity_tokens = capacity_tokens
-        self._unfilled_tokens = block_size // 2
-        rows = running.active_rows()
-        unprefilled = np.maximum(running.prefill_tokens[rows] - running.context_tokens[rows], 0)
-        self._base_tokens = num_used_tokens + int(unprefilled.sum())
-        remaining = running.remaining_output_tokens(rows)
-        order = np.argsort(remaining)
-        # By rising remaining tokens: what each will hold once prefilled and gives back when it finishes.
-        self._remaining_tokens = remaining[order]
-        self._own_tokens = (running.num_tokens(rows) - running.shared_tokens[rows])[order]
-        footprint, is_right = running.footprint_tokens(rows), running.is_right(rows)
-        self.footprint_tokens = {
-            Front.LEFT: float(footprint[~is_right].sum()),
-            Front.RIGHT: float(footprint[is_right].sum()),
-        }
+    request: Request
+    front: Front | None
+    room_tokens: float
 
-    def fits(self, request: Request, num_cached_tokens: int, num_revived_tokens: int) -> bool:
-        """Whether `request` fits too. num_cached_tokens: of its prompt, in the cache; num_revived_tokens: of those, the
-        ones that no running request holds, so that they can't be evicted any more.
 
-        What comes after its end isn't its business: otherwise short requests would wait for room that long ones will
-        need much later.
+class AdmissionOrder:
+    """Requests of a source that wait, and those that were preempted."""
+
+    def __init__(self, upcoming: UpcomingRequests, pace: Pace | None, max_num_batched_tokens: int) -> None:
+        """pace: what says which front lacks work; without one each front has its share of the cache."""
+        self._upcoming = upcoming
+        self._scanner = upcoming.scanner
+        self._pace = pace
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._preempted: deque[Request] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scanner.num_remaining + len(self._preempted)
+
+    def put_back(self, request: Request) -> None:
+        """Let a request that was preempted come first."""
+        request.num_preemptions += 1
+        self._preempted.appendleft(request)
+
+    def clear(self) -> None:
+        """Forget the preempted requests."""
+        self._preempted.clear()
+
+    def take(self, candidate: Candidate) -> None:
+        """Take a candidate out of what waits."""
+        if candidate.front is None:
+            self._preempted.popleft()
+            return
+        candidate.request.front = candidate.front
+        self._upcoming.take(candidate.front)
+
+    def candidates(self, forecast: MemoryForecast, capacity_tokens: int, prefill_budget: int) -> Iterator[Candidate]:
+        """What may be admitted next, the best first. prefill_budget: tokens of
+        prompts that this step may still have."""
+        if self._preempted:
+            is_two_ended = self._scanner.is_two_ended
+            room = capacity_tokens * READMITTED_SHARE if is_two_ended else capacity_tokens
+            yield Candidate(self._preempted[0], None, room)
+            if is_two_ended and self._scanner.num_remaining and prefill_budget > 0:
+                yield self._at(Front.LEFT, capacity_tokens)  # runs in the room that is too small for the first
+            return
+        if self._scanner.num_remaining == 0:
+            return
+        by_rate = self._pace and self._fronts_by_rate(self._pace, forecast, capacity_tokens)
+        for front in by_rate or self._fronts_by_memory(forecast, capacity_tokens):
+            if front is Front.RIGHT or prefill_budget > 0:
+                room = self._scanner.max_held_tokens(front, capacity_tokens) if by_rate else capacity_tokens
+                yield self._at(front, room)
+
+    def _fronts_by_rate(self, pace: Pace, forecast: MemoryForecast, capacity_tokens: int) -> Iterator[Front]:
+        """The left front, as long as its share of this step lasts; the right one while steps lack memory work."""
+        request = self._upcoming.peek(Front.RIGHT)
+        footprint = request.num_tokens + request.remaining_output_tokens / 2
+        is_full = forecast.unprefilled_tokens >= self._max_num_batched_tokens
+        if not is_full and pace.lacks_memory_work(forecast.footprint_tokens[Front.RIGHT] + footprint, capacity_tokens):
+            yield Front.RIGHT
+        yield Front.LEFT
+
+    def _fronts_by_memory(self, forecast: MemoryForecast, capacity_tokens: int) -> Iterator[Front]:
+        """The front that is furthest under its share of the cache.
+
+        Long requests from the right wait until much of the cache is free. Meanwhile the left goes on, as far as its
+        share and one step's prefill reach: otherwise the step would have memory work only, and beyond that the right
+        would never find room.
         """
-        base, own, remaining = self._beside(request, num_cached_tokens, num_revived_tokens)
-        freed_before = np.cumsum(own) - own
-        num_unfinished = np.arange(len(own), 0, -1)
-        held = base - freed_before + num_unfinished * (remaining + self._unfilled_tokens)
-        return int(held[remaining <= request.remaining_output_tokens].max()) <= self._capacity_tokens
+        scanner, held = self._scanner, forecast.footprint_tokens
+        front = scanner.next_front(held[Front.LEFT], held[Front.RIGHT], capacity_tokens)
+        if front is None:
+            return
+        yield front
+        if front is Front.RIGHT:
+            most = scanner.left_share * capacity_tokens + self._max_num_batched_tokens
+            if held[Front.LEFT] < most:
+                yield Front.LEFT
 
-    def add(self, request: Request, num_cached_tokens: int, num_revived_tokens: int) -> None:
-        """Count `request` as running."""
-        new_tokens = request.num_tokens - num_cached_tokens
-        self.footprint_tokens[request.front] += new_tokens + request.remaining_output_tokens / 2
-        self._base_tokens, self._own_tokens, self._remaining_tokens = self._beside(
-            request, num_cached_tokens, num_revived_tokens
-        )
-
-    def _beside(
-        self, request: Request, num_cached_tokens: int, num_revived_tokens: int
-    ) -> tuple[int, IntArray, IntArray]:
-        """Base, own and remaining tokens with `request` among the others, at its place."""
-        new_tokens, remaining = request.num_tokens - num_cached_tokens, request.remaining_output_tokens
-        place = int(np.searchsorted(self._remaining_tokens, remaining))
-        return (
-            self._base_tokens + new_tokens + num_revived_tokens,
-            np.insert(self._own_tokens, place, new_tokens),
-            np.insert(self._remaining_tokens, place, remaining),
-        )
+    def _at(self, front: Front, room_tokens: float) -> Candidate:
+        return Candidate(self._upcoming.peek(front), front, room_tokens)

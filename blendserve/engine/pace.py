@@ -1,33 +1,47 @@
-"""How fast the left front's prompts are prefilled beside running decodes: so that neither runs out before the other.
+"""How fast either front is admitted beside running decodes, so that neither kind of work runs out before the other.
 
-Where products and KV cache reads overlap, a run ends soonest when every step has both in the proportion that all the
-remaining work has (paper, "dual scan", with the rate as the control and memory only as the cap). Nothing needs to be
-known of the device: the requests' planned costs say what a token and a read cost.
+The rate is that of the planner's simulator. What a token and a read cost is learnt from the planned costs of the
+requests that are admitted, so that nothing needs to be known of the device.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
+from blendserve.admission_rate import LEARNING_DENSITY, AdmissionRate, StepCosts, WorkAhead
 from blendserve.dual_scanner import DualScanner
 from blendserve.engine.request import Request
 from blendserve.engine.running import RunningRequests
+from blendserve.length_learning import LengthLearner
 
-# A step without enough decodes isn't kept small for their sake.
-_LEAST_STEP_TOKENS = 512
+# What a step is taken to have room for while it reads the weights, where their size isn't known.
+_STEP_TOKENS = 512
 
 
 class Pace:
-    """Learns costs from the requests that are admitted, and gives each step its share of the left front's prefill."""
+    """Follows the admitted requests of one shard, and gives each step its share of either front's work."""
 
-    def __init__(self, scanner: DualScanner, least_tokens: int) -> None:
-        """least_tokens: shares are saved up until they are as many, since fewer don't pay beside decodes."""
+    def __init__(
+        self, scanner: DualScanner, learner: LengthLearner | None, *, least_tokens: int, weights_tokens: int | None
+    ) -> None:
+        """least_tokens: shares beyond what costs nothing are saved up until they are as many, since fewer don't pay
+        beside decodes.
+
+        weights_tokens: of KV cache that take as long to read as the model's weights.
+        """
         self._scanner = scanner
+        self._learner = learner
+        self._rate = AdmissionRate(scanner, None if learner is None else LEARNING_DENSITY)
         self._least_tokens = least_tokens
+        self._weights_tokens = weights_tokens
         self._saved_tokens = 0
         self._compute_seconds = self._memory_seconds = 0.0  # of the requests so far
         self._tokens = self._kv_reads = 0.0  # what those seconds are for
+        self._ahead = WorkAhead(0, 0, 0.0, 0.0, 0)
 
     def admit(self, request: Request, num_cached_tokens: int) -> None:
-        """Take in what `request`, which is about to be taken, was planned to cost."""
+        """Take in what `request`, which has just been admitted, was planned to cost. num_cached_tokens: of its prompt,
+        in the cache."""
         compute, memory = self._scanner.seconds_at(request.position)
         num_prompt, num_output = request.num_prompt_tokens, request.remaining_output_tokens
         self._compute_seconds += compute
@@ -35,31 +49,49 @@ class Pace:
         self._tokens += num_prompt - num_cached_tokens + num_output
         self._kv_reads += num_prompt * num_output + num_output**2 / 2
 
-    def left_prefill_tokens(self, running: RunningRequests, num_decodes: int) -> int:
-        """Prefill tokens that the left front may have in a step of `num_decodes` decodes, 0 or `least_tokens` and more.
+    def begin_step(self, running: RunningRequests, num_decodes: int) -> int:
+        """Look at what runs. Returns the prompts' tokens that this step may have beside its `num_decodes` decodes.
 
-        Without decodes there is no limit.
+        Fewer than `least_tokens` only as far as they cost nothing, while the weights are read. No decodes, no limit.
         """
+        costs = self._costs()
+        self._ahead = self._work_ahead(running, costs)
         if num_decodes == 0:
             return 1 << 30
-        self._saved_tokens += self._share(running, num_decodes)
-        if self._saved_tokens < self._least_tokens:
-            return 0
-        tokens, self._saved_tokens = self._saved_tokens, 0
+        if costs.token <= 0.0 or costs.kv_token <= 0.0:
+            return max(_STEP_TOKENS - num_decodes, 0)
+        self._saved_tokens += max(int(self._rate.prefill_seconds(costs, self._ahead) / costs.token), 0)
+        tokens = self._saved_tokens
+        if tokens < self._least_tokens:
+            tokens = min(tokens, max(int(costs.weights / costs.token) - num_decodes, 0))
+        self._saved_tokens -= tokens
         return tokens
 
-    def _share(self, running: RunningRequests, num_decodes: int) -> int:
-        """The left front's prefill tokens for one step, by the proportion of what remains of both kinds of work."""
+    def lacks_memory_work(self, right_tokens: float, capacity_tokens: int) -> bool:
+        """Whether steps lack the memory work of the next request at the right front, with which that front's requests
+        will hold `right_tokens` on average over their lives."""
+        return self._rate.lacks_memory_work(
+            self._costs(), self._ahead, right_tokens=right_tokens, capacity_tokens=capacity_tokens
+        )
+
+    def _costs(self) -> StepCosts:
+        if self._learner is not None:
+            token, kv_token = self._learner.token_seconds
+        else:
+            token = self._compute_seconds / max(self._tokens, 1.0)
+            kv_token = self._memory_seconds / max(self._kv_reads, 1.0)
+        weights = token * _STEP_TOKENS if self._weights_tokens is None else kv_token * self._weights_tokens
+        return StepCosts(token, kv_token, weights)
+
+    def _work_ahead(self, running: RunningRequests, costs: StepCosts) -> WorkAhead:
         rows = running.active_rows()
         context, remaining = running.num_tokens(rows), running.remaining_output_tokens(rows)
-        kv_reads_left = float((context * remaining + remaining**2 / 2).sum())
-        least = max(_LEAST_STEP_TOKENS - num_decodes, 0)
-        if self._memory_seconds <= 0.0 or self._compute_seconds <= 0.0 or kv_reads_left == 0.0:
-            return least
-        seconds_per_read = self._memory_seconds / self._kv_reads
-        seconds_per_token = self._compute_seconds / self._tokens
-        compute_left = self._scanner.compute_remaining + seconds_per_token * float(remaining.sum())
-        memory_left = self._scanner.memory_remaining + seconds_per_read * kv_reads_left
-        step_seconds = seconds_per_read * float(running.context_tokens[running.decoding_rows()].sum())
-        step_tokens = compute_left / memory_left * step_seconds / seconds_per_token
-        return max(int(step_tokens) - num_decodes, least)
+        kv_reads = float((context * remaining + remaining**2 / 2).sum())
+        decoding = running.decoding_rows()
+        return WorkAhead(
+            num_decodes=len(decoding),
+            context_tokens=int(running.context_tokens[decoding].sum()),
+            compute_seconds=self._scanner.compute_remaining + costs.token * float(remaining.sum()),
+            memory_seconds=self._scanner.memory_remaining + costs.kv_token * kv_reads,
+            num_steps=int(np.max(remaining, initial=0)),
+        )

@@ -6,14 +6,11 @@ order, so that the next step can be planned before this one's tokens are known.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-
 import numpy as np
 
-from blendserve.dual_scanner import Front
-from blendserve.engine.admission import MemoryForecast
+from blendserve.engine.admission import AdmissionOrder
 from blendserve.engine.kv_cache import KVCache
+from blendserve.engine.memory_forecast import MemoryForecast
 from blendserve.engine.pace import Pace
 from blendserve.engine.request import Request
 from blendserve.engine.running import RunningRequests
@@ -33,27 +30,31 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         paced_tokens: int | None = None,
+        weights_tokens: int | None = None,
     ) -> None:
         """paced_tokens: where both overlap, the left front is prefilled at the pace of the running decodes, in steps of
-        as many tokens or more."""
-        self._waiting = UpcomingRequests(source)
+        as many tokens or more, and the right one is admitted while steps lack memory work.
+
+        weights_tokens: of KV cache, that take as long to read as the model's weights; None: not known.
+        """
+        self._upcoming = UpcomingRequests(source)
         self._kv_cache = kv_cache
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self.running = RunningRequests(max_num_seqs)
         self._prefilling: list[int] = []  # rows, in the order of admission
         self._drained: list[tuple[int, int]] = []  # (row, serial): blocks to give back once their last step is planned
-        self._preempted: deque[Request] = deque()
         self._pace: Pace | None = None
-        if paced_tokens is not None and source.is_two_ended:
-            self._pace = Pace(self._waiting.scanner, paced_tokens)
-        self._left_budget = 0  # prefill tokens that the left front may still have in this step
+        if paced_tokens is not None and source.scanner.is_two_ended:
+            self._pace = Pace(source.scanner, source.learner, least_tokens=paced_tokens, weights_tokens=weights_tokens)
+        self._waiting = AdmissionOrder(self._upcoming, self._pace, max_num_batched_tokens)
+        self._prefill_budget = 0  # tokens of prompts that this step may still have
         self._num_steps = 0
         self._is_planned = np.zeros(max_num_seqs, dtype=np.bool_)  # into this step: these can't be preempted
 
     @property
     def num_waiting(self) -> int:
-        return self._waiting.scanner.num_remaining + len(self._preempted)
+        return self._waiting.num_waiting
 
     @property
     def has_unfinished(self) -> bool:
@@ -66,15 +67,15 @@ class Scheduler:
         self._is_planned[:] = False
         self._kv_cache.begin_step()
         self._release_drained()
-        for row in self._waiting.learn(self._num_steps, self.running, self._capacity_tokens):
+        for row in self._upcoming.learn(self._num_steps, self.running, self._capacity_tokens):
             self._preempt(batch, row)
         needed_blocks = self.running.num_active + self._kv_cache.blocks_for(self._max_num_batched_tokens)
-        if self._kv_cache.num_free_blocks <= needed_blocks and self._waiting.has_moved(self._num_steps):
-            self._kv_cache.pin(self._waiting.ahead())
+        if self._kv_cache.num_free_blocks <= needed_blocks and self._upcoming.has_moved(self._num_steps):
+            self._kv_cache.pin(self._upcoming.ahead())
         self._schedule_decodes(batch)
-        self._left_budget = self._max_num_batched_tokens
+        self._prefill_budget = self._max_num_batched_tokens
         if self._pace:
-            self._left_budget = self._pace.left_prefill_tokens(self.running, len(batch.decode_rows))
+            self._prefill_budget = self._pace.begin_step(self.running, len(batch.decode_rows))
         for row in list(self._prefilling):
             if row in self._prefilling:  # not preempted meanwhile
                 self._schedule_prefill(batch, row)
@@ -98,15 +99,13 @@ class Scheduler:
         """Drop all running and preempted requests and give their blocks back."""
         for row in np.flatnonzero(self.running.serials).tolist():
             self.finish(row)
-        self._preempted.clear()
+        self._waiting.clear()
 
     def begin_again(self, kv_cache: KVCache) -> None:
         """Take all running requests back, with the tokens that are known, and go on with another, empty cache."""
         rows = np.flatnonzero(self.running.serials)
         for row in rows[np.argsort(-self.running.serials[rows])].tolist():
-            request = self.finish(row)
-            request.num_preemptions += 1
-            self._preempted.appendleft(request)
+            self._waiting.put_back(self.finish(row))
         self._drained.clear()
         self._kv_cache = kv_cache
 
@@ -137,8 +136,7 @@ class Scheduler:
     def _schedule_prefill(self, batch: ScheduledBatch, row: int) -> None:
         request = self.running.request(row)
         budget = self._max_num_batched_tokens - batch.num_tokens
-        if request.front is Front.LEFT:
-            budget = min(budget, self._left_budget)
+        budget = min(budget, self._prefill_budget)
         if budget <= 0:
             return
         num_shared = self._kv_cache.take_cached_blocks(request)
@@ -155,8 +153,7 @@ class Scheduler:
         is_last = end == request.num_prefill_tokens
         batch.prefills.append(PrefillChunk(request, row, start, end - start, is_last))
         batch.num_prefill_tokens += end - start
-        if request.front is Front.LEFT:
-            self._left_budget -= end - start
+        self._prefill_budget -= end - start
         request.num_computed_tokens = end
         self.running.context_tokens[row] = end
         self._is_planned[row] = True
@@ -211,10 +208,8 @@ class Scheduler:
 
     def _preempt(self, batch: ScheduledBatch, row: int) -> None:
         """Take a request back; a token of it that isn't known yet will be sampled again."""
-        request = self.finish(row)
-        request.num_preemptions += 1
+        self._waiting.put_back(self.finish(row))
         batch.num_preempted += 1
-        self._preempted.appendleft(request)
 
     def _admit(self, batch: ScheduledBatch) -> None:
         """Admit requests while budget, rows and expected memory last; preempted ones come first."""
@@ -227,57 +222,29 @@ class Scheduler:
 
     def _admit_one(self, batch: ScheduledBatch, forecast: MemoryForecast) -> bool:
         """Admit the first candidate that fits, or fail one that never will. False when there is none to admit now."""
-        for request, front in self._candidates(forecast):
+        for candidate in self._waiting.candidates(forecast, self._capacity_tokens, self._prefill_budget):
+            request = candidate.request
             reason = self._reason_against(request)
             if reason is not None:
-                self._take(request, front)
+                self._waiting.take(candidate)
                 batch.failed.append((request, reason))
                 return True
             if self._kv_cache.should_wait(request):
                 continue
-            if front is Front.LEFT and self._left_budget <= 0:
-                continue
             num_cached, num_revived = self._kv_cache.count_cached_tokens(request)
             # With nothing running the whole cache is free, so the request fits whatever the forecast says.
-            if self.running.is_active.any() and not forecast.fits(request, num_cached, num_revived):
+            if not forecast.is_empty and not forecast.fits(request, num_cached, num_revived, candidate.room_tokens):
                 continue
-            if self._pace and front is not None:
-                self._pace.admit(request, num_cached)
-            self._take(request, front)
+            self._waiting.take(candidate)
             row = self._start(request)
             self._schedule_prefill(batch, row)
             if not self.running.is_active[row]:  # preempted at once: the forecast was too hopeful
                 return False
+            if self._pace and candidate.front is not None:
+                self._pace.admit(request, int(self.running.shared_tokens[row]))
             forecast.add(request, num_cached, num_revived)
             return True
         return False
-
-    def _candidates(self, forecast: MemoryForecast) -> Iterator[tuple[Request, Front | None]]:
-        """What may be admitted next and the front it stands at, the best first; a preempted request stands at none.
-
-        Long requests from the right wait until much of the cache is free. Meanwhile the left goes on, as far as its
-        share and one step's prefill reach: otherwise the step would have memory work only, and beyond that the right
-        would never find room.
-        """
-        if self._preempted:
-            yield self._preempted[0], None
-            if self._waiting.scanner.is_two_ended and self._waiting.scanner.num_remaining:
-                yield self._waiting.peek(Front.LEFT), Front.LEFT  # runs in the room that is too small for the first
-            return
-        scanner, held, capacity = self._waiting.scanner, forecast.footprint_tokens, float(self._capacity_tokens)
-        front = scanner.next_front(held[Front.LEFT], held[Front.RIGHT], capacity)
-        if front is None:
-            return
-        yield self._waiting.peek(front), front
-        if front is Front.RIGHT and held[Front.LEFT] < scanner.left_share * capacity + self._max_num_batched_tokens:
-            yield self._waiting.peek(Front.LEFT), Front.LEFT
-
-    def _take(self, request: Request, front: Front | None) -> None:
-        if front is None:
-            self._preempted.popleft()
-            return
-        request.front = front
-        self._waiting.take(front)
 
     def _start(self, request: Request) -> int:
         request.num_prefill_tokens = request.num_tokens

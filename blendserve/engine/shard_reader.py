@@ -37,7 +37,6 @@ class ShardReader:
     def __init__(self, path: Path, *, seed: int, is_two_ended: bool, done_rows: Collection[int]) -> None:
         """done_rows: row_index of the requests that need not run. Raises PlanError when the file isn't a shard."""
         self._file = _open_shard(path)
-        self.is_two_ended = is_two_ended
         self._seed = seed
         metadata = self._file.metadata
         row_counts = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
@@ -130,6 +129,7 @@ class ShardReader:
             unit_id=self._numbers("unit_id")[self._remaining].astype(np.int64),
             compute_seconds=self.compute_seconds,
             memory_seconds=self.memory_seconds,
+            seconds_per_prompt_token=known["seconds_per_layer_token"],
             seconds_per_decode_token=known["seconds_per_layer_token"] + known["seconds_per_sampled_token"],
             seconds_per_kv_token=known["seconds_per_kv_token"],
             observed=ObservedLengths(

@@ -25,9 +25,6 @@ class RequestSource(Protocol):
     def scanner(self) -> DualScanner: ...
 
     @property
-    def is_two_ended(self) -> bool: ...
-
-    @property
     def learner(self) -> LengthLearner | None:
         """What learns output lengths while requests run; None where they are known."""
         ...
@@ -41,6 +38,7 @@ class UpcomingRequests:
     def __init__(self, source: RequestSource) -> None:
         self._source = source
         self.scanner = source.scanner
+        self.learner = source.learner
         self._read: dict[int, Request] = {}  # by position
         self._seen_at: tuple[int, int] = (-1, -_AGE_STEPS)  # num_remaining then, step then
 
@@ -84,7 +82,7 @@ class UpcomingRequests:
             return
         left = self.scanner.ahead(Front.LEFT, _AHEAD)
         yield from map(self._at, left)
-        if self._source.is_two_ended:
+        if self.scanner.is_two_ended:
             num_others = min(_AHEAD, self.scanner.num_remaining - len(left))
             yield from map(self._at, self.scanner.ahead(Front.RIGHT, num_others))
 

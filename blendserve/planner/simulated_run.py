@@ -11,6 +11,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from blendserve.admission_rate import LEARNING_DENSITY
 from blendserve.length_learning import ObservedLengths, ShardLengths
 from blendserve.planner.length_classes import length_classes
 from blendserve.planner.output_lengths import OutputLengths, estimate_output_lengths
@@ -38,9 +39,6 @@ Lengths = Literal["known", "sampled"]
 _USING_LENGTHS: Final[tuple[Policy, ...]] = ("blend", "longest")
 _SAMPLED_FRACTION = 0.01
 _MAX_OUTPUT_TOKENS = 131_072  # nothing better is known of a workload's limits
-# Compute over memory time of a step while lengths are guesses: both in full use. That gets memory-heavy requests done
-# as early as may be, so that one that turns out long doesn't end up alone.
-_LEARNING_PACE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +192,7 @@ class _LearningRun(_KnownRun):
             unit_density=np.zeros(len(rows)),
             is_two_ended=False,
             reserves_output=True,
-            pace=_LEARNING_PACE,
+            pace=LEARNING_DENSITY,
         )
         result = _replay(requests, self._machine, shard, self._usages[0])
         # What was cut off is answered by a shard: only its work counts here.
@@ -229,11 +227,12 @@ class _LearningRun(_KnownRun):
             unit_id=schedule.unit_id[places],
             compute_seconds=shard.compute_seconds,
             memory_seconds=shard.memory_seconds,
+            seconds_per_prompt_token=constants.seconds_per_layer_token,
             seconds_per_decode_token=self._machine.decode_token_seconds,
             seconds_per_kv_token=constants.seconds_per_kv_token,
             observed=seen,
         )
-        return replace(shard, lengths=lengths, begun_tokens=begun[positions], pace=_LEARNING_PACE)
+        return replace(shard, lengths=lengths, begun_tokens=begun[positions], pace=LEARNING_DENSITY)
 
 
 def _replay(

@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from blendserve.admission_rate import READMITTED_SHARE, AdmissionRate, StepCosts, WorkAhead
 from blendserve.dual_scanner import DualScanner, Front
 from blendserve.length_learning import LengthLearner, surplus
 from blendserve.planner.memory_peak import peak_tokens
@@ -16,12 +17,6 @@ from blendserve.planner.usage_recorder import UsageRecorder
 from blendserve.planner.work_left import WorkLeft
 
 _WATERMARK = 0.01  # of the cache, kept free by engines that know no output lengths
-_READMITTED_SHARE = 0.9  # of the cache: a preempted request that is back too early is preempted again
-# Memory-heavy requests are admitted until a step's memory time is twice that of reading the weights, and as long as
-# that will hold on the average of their lives within three times. More of them only make each step, and so each long
-# output, take longer: steps are then full of both kinds of work anyway.
-_WANTED_STEPS = 2.0
-_MOST_STEPS = 3.0
 
 
 class Simulator(SimulatedEngine):
@@ -44,7 +39,12 @@ class Simulator(SimulatedEngine):
         )
         self._order: list[int] = shard.positions.tolist()
         self._is_two_ended, self._reserves_output = shard.is_two_ended, shard.reserves_output
-        self._pace = shard.pace
+        self._rate = AdmissionRate(self._scanner, shard.pace)
+        self._costs = StepCosts(
+            token=machine.decode_token_seconds,
+            kv_token=machine.constants.seconds_per_kv_token,
+            weights=machine.step_seconds,
+        )
         self._refused = (-1, 0, 0)  # request, finished and preempted requests when it last found no room
         self._expect(shard.estimated_output_tokens, shard.footprint_tokens)
         if shard.begun_tokens is not None:
@@ -125,7 +125,7 @@ class Simulator(SimulatedEngine):
 
     def _admit(self) -> None:
         capacity = self._machine.capacity_tokens
-        room = capacity * _READMITTED_SHARE if self._is_two_ended else capacity
+        room = capacity * READMITTED_SHARE if self._is_two_ended else capacity
         while self._preempted and self._fits(self._preempted[0], room):
             self._start(self._preempted.popleft())
         if self._preempted and not self._is_two_ended:
@@ -153,23 +153,25 @@ class Simulator(SimulatedEngine):
         return Front.RIGHT if self._lacks_memory_work() else None
 
     def _lacks_memory_work(self) -> bool:
-        """Whether the next request at the right front may be admitted; the fronts' shares are the cap."""
+        """Whether the next request at the right front may be admitted."""
         if not self._running:
             return True
         footprint = self._footprint[self._order[self._scanner.peek(Front.RIGHT)]]
-        held = self._right_footprint + footprint
-        a_step = self._machine.step_seconds / self._constants.seconds_per_kv_token
-        if a_step > 0:
-            wanted = self._wanted_steps() * a_step
-            if self._context >= wanted or held > _MOST_STEPS / _WANTED_STEPS * wanted:
-                return False
-        return held <= self._scanner.max_held_tokens(Front.RIGHT, self._machine.capacity_tokens)
+        return self._rate.lacks_memory_work(
+            self._costs,
+            self._work_ahead(),
+            right_tokens=self._right_footprint + footprint,
+            capacity_tokens=self._machine.capacity_tokens,
+        )
 
-    def _wanted_steps(self) -> float:
-        """Less than _WANTED_STEPS where the longest output would otherwise end after all the rest."""
-        seconds_left = max(self._left.compute, self._left.memory)
-        step_seconds = seconds_left / max(self._last_end - self._num_steps, 1)
-        return min(max(step_seconds / self._machine.step_seconds, 1.0), _WANTED_STEPS)
+    def _work_ahead(self) -> WorkAhead:
+        return WorkAhead(
+            num_decodes=len(self._running),
+            context_tokens=self._context,
+            compute_seconds=self._left.compute,
+            memory_seconds=self._left.memory,
+            num_steps=self._last_end - self._num_steps,
+        )
 
     def _fits(self, request: int, capacity: float) -> bool:
         """Whether the cache has room for the request and, where output is reserved, will have until it ends."""
@@ -206,13 +208,7 @@ class Simulator(SimulatedEngine):
         return machine.max_batched_tokens if self._reserves_output else machine.unplanned_batched_tokens
 
     def _prefill_seconds(self) -> float:
-        """Compute time of the prefill in this step: what the decoding requests' memory time leaves unused.
-
-        Over the whole job compute and memory time stand in the ratio of what remains of both; a step that keeps to it
-        leaves neither idle, whatever the phases of the running requests are.
-        """
+        """Compute time of the prefill in this step."""
         if not self._reserves_output or not self._machine.is_overlapped:
             return math.inf
-        density = self._left.density if self._pace is None else self._pace
-        wanted = density * self._context * self._constants.seconds_per_kv_token
-        return max(wanted, self._machine.step_seconds) - len(self._running) * self._machine.decode_token_seconds
+        return self._rate.prefill_seconds(self._costs, self._work_ahead())

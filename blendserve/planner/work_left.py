@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from blendserve.planner.simulation import SimulatedMachine, StepWork
 
-_MIN_MEMORY_SECONDS = 1e-9
-
 
 class WorkLeft:
     """What is assigned, plus what admitted requests are expected to decode, less what has been done."""
@@ -16,11 +14,6 @@ class WorkLeft:
         self._decode_seconds = machine.decode_token_seconds
         self._kv_seconds = machine.constants.seconds_per_kv_token
         self.compute = self.memory = 0.0
-
-    @property
-    def density(self) -> float:
-        """Compute over memory time of all that is left."""
-        return max(self.compute, 0.0) / max(self.memory, _MIN_MEMORY_SECONDS)
 
     def assign(self, compute_seconds: float, memory_seconds: float) -> None:
         """Start again with what a plan says."""

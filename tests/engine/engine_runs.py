@@ -94,7 +94,6 @@ class ListSource:
 
     def __init__(self, requests: Sequence[dict[str, Any]], *, is_two_ended: bool = False) -> None:
         self._requests = requests
-        self.is_two_ended = is_two_ended
         num_requests = len(requests)
         self.scanner = DualScanner(
             compute_seconds=np.linspace(2.0, 1.0, num_requests),

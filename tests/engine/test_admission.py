@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from blendserve.dual_scanner import Front
 from blendserve.engine import device
-from blendserve.engine.admission import MemoryForecast
+from blendserve.engine.memory_forecast import MemoryForecast
 from blendserve.engine.request import Request
 from blendserve.engine.running import RunningRequests
 from blendserve.errors import UsageError

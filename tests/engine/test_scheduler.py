@@ -79,6 +79,7 @@ REQUESTS = st.lists(
     budget=st.integers(1, 40),
     has_prefix_cache=st.booleans(),
     is_two_ended=st.booleans(),
+    pace=st.sampled_from([(None, None), (1, 30), (12, None)]),
     lag=st.integers(0, 1),
 )
 def test_every_request_runs_once_and_sees_its_own_past(
@@ -88,9 +89,10 @@ def test_every_request_runs_once_and_sees_its_own_past(
     budget: int,
     has_prefix_cache: bool,
     is_two_ended: bool,
+    pace: tuple[int | None, int | None],
     lag: int,
 ) -> None:
-    """lag: steps that are planned before a step's tokens are known."""
+    """pace: paced_tokens and weights_tokens. lag: steps that are planned before a step's tokens are known."""
     stated: list[dict[str, Any]] = [
         {"row_index": row, "prompt_token_ids": prompt, "max_tokens": tokens, "estimated_output_tokens": estimate}
         for row, (prompt, tokens, estimate) in enumerate(requests)
@@ -102,6 +104,8 @@ def test_every_request_runs_once_and_sees_its_own_past(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=48,
+        paced_tokens=pace[0],
+        weights_tokens=pace[1],
     )
     slots, num_steps = RememberedSlots(max_num_seqs), 0
     ended: list[tuple[int, str]] = []
@@ -225,7 +229,7 @@ def test_the_left_front_goes_on_while_the_right_one_waits_for_room() -> None:
     assert finished.index(14) >= 6  # short ones ran beside the first long one
 
 
-@pytest.mark.parametrize(("paced_tokens", "expected"), [(None, (3, 2048 - 20)), (1, (13, 512 - 20)), (800, (14, 0))])
+@pytest.mark.parametrize(("paced_tokens", "expected"), [(None, (3, 2048 - 20)), (1, (92, 20)), (800, (98, 9))])
 def test_a_paced_left_front_lasts_as_long_as_the_right_ones_decodes(
     paced_tokens: int | None, expected: tuple[int, int]
 ) -> None:
@@ -244,15 +248,21 @@ def test_a_paced_left_front_lasts_as_long_as_the_right_ones_decodes(
     )
     cache = KVCache(2000, BLOCK_SIZE, has_prefix_cache=True)
     scheduler = Scheduler(
-        source, cache, max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=256, paced_tokens=paced_tokens
+        source,
+        cache,
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+        max_model_len=256,
+        paced_tokens=paced_tokens,
+        weights_tokens=600,
     )
     batches = run_to_end(scheduler)
     prefilled = [batch.num_prefill_tokens for batch in batches]
     assert sum(prefilled) == 200 * 40
     last_step = max(index for index, num_tokens in enumerate(prefilled) if num_tokens)
-    # Beside 20 decodes a step is filled up to 512 tokens; without a pace the first steps take all they can.
+    # Without a pace the first steps take all they can. The weights take as long as 30 tokens, 20 of them decodes.
     assert (last_step, prefilled[1]) == expected
-    assert all(tokens == 0 or tokens >= (paced_tokens or 0) for tokens in prefilled[1:last_step])
+    assert all(tokens <= 10 or tokens >= (paced_tokens or 0) for tokens in prefilled[1:last_step])
 
 
 @pytest.mark.parametrize(("is_two_ended", "num_kept_tokens"), [(True, 32), (False, 0)])

@@ -35,6 +35,7 @@ def learner_of(classes, estimated, *, unit_id=None, observed=(), max_tokens=1000
         unit_id=np.arange(count) if unit_id is None else np.array(unit_id),
         compute_seconds=compute,
         memory_seconds=memory,
+        seconds_per_prompt_token=DECODE,
         seconds_per_decode_token=DECODE,
         seconds_per_kv_token=KV,
         observed=seen,

@@ -1,0 +1,86 @@
+"""Whether one more request fits beside the running ones, by how long each is still expected to grow."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from blendserve.dual_scanner import Front
+from blendserve.engine.request import Request
+from blendserve.engine.running import IntArray, RunningRequests
+
+
+class MemoryForecast:
+    """The highest KV cache use that the running requests are expected to reach, in tokens.
+
+    All decode in step, one token each, and free their memory when they finish. So use peaks just before a request
+    finishes: when it has r tokens to go, every request that isn't done by then has grown by r. That allows about twice
+    as many requests as counting every one at its full length. Each leaves half of its last block empty on average.
+
+    `unprefilled_tokens`: of admitted requests, that are still to be computed. `footprint_tokens`: by front, what its
+    requests hold on average over their lives.
+    """
+
+    def __init__(
+        self, running: RunningRequests, *, num_used_tokens: int, capacity_tokens: int, block_size: int
+    ) -> None:
+        """num_used_tokens: what running requests hold now, shared prefixes and filled parts of blocks only."""
+        self._capacity_tokens = capacity_tokens
+        self._unfilled_tokens = block_size // 2
+        rows = running.active_rows()
+        unprefilled = np.maximum(running.prefill_tokens[rows] - running.context_tokens[rows], 0)
+        self.unprefilled_tokens = int(unprefilled.sum())
+        self._base_tokens = num_used_tokens + self.unprefilled_tokens
+        remaining = running.remaining_output_tokens(rows)
+        order = np.argsort(remaining)
+        # By rising remaining tokens: what each will hold once prefilled and gives back when it finishes.
+        self._remaining_tokens = remaining[order]
+        self._own_tokens = (running.num_tokens(rows) - running.shared_tokens[rows])[order]
+        footprint, is_right = running.footprint_tokens(rows), running.is_right(rows)
+        self.footprint_tokens = {
+            Front.LEFT: float(footprint[~is_right].sum()),
+            Front.RIGHT: float(footprint[is_right].sum()),
+        }
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing runs."""
+        return len(self._own_tokens) == 0
+
+    def fits(
+        self, request: Request, num_cached_tokens: int, num_revived_tokens: int, room_tokens: float | None = None
+    ) -> bool:
+        """Whether `request` fits too, within `room_tokens`, by default the whole cache.
+
+        num_cached_tokens: of its prompt, in the cache; num_revived_tokens: of those, the ones that no running request
+        holds, so that they can't be evicted any more.
+
+        What comes after its end isn't its business: otherwise short requests would wait for room that long ones will
+        need much later.
+        """
+        base, own, remaining = self._beside(request, num_cached_tokens, num_revived_tokens)
+        freed_before = np.cumsum(own) - own
+        num_unfinished = np.arange(len(own), 0, -1)
+        held = base - freed_before + num_unfinished * (remaining + self._unfilled_tokens)
+        room = self._capacity_tokens if room_tokens is None else room_tokens
+        return int(held[remaining <= request.remaining_output_tokens].max()) <= room
+
+    def add(self, request: Request, num_cached_tokens: int, num_revived_tokens: int) -> None:
+        """Count `request` as running."""
+        new_tokens = request.num_tokens - num_cached_tokens
+        self.unprefilled_tokens += request.num_prefill_tokens - request.num_computed_tokens
+        self.footprint_tokens[request.front] += new_tokens + request.remaining_output_tokens / 2
+        self._base_tokens, self._own_tokens, self._remaining_tokens = self._beside(
+            request, num_cached_tokens, num_revived_tokens
+        )
+
+    def _beside(
+        self, request: Request, num_cached_tokens: int, num_revived_tokens: int
+    ) -> tuple[int, IntArray, IntArray]:
+        """Base, own and remaining tokens with `request` among the others, at its place."""
+        new_tokens, remaining = request.num_tokens - num_cached_tokens, request.remaining_output_tokens
+        place = int(np.searchsorted(self._remaining_tokens, remaining))
+        return (
+            self._base_tokens + new_tokens + num_revived_tokens,
+            np.insert(self._own_tokens, place, new_tokens),
+            np.insert(self._remaining_tokens, place, remaining),
+        )
