@@ -36,6 +36,14 @@ class ShardPlan(FrozenManifest):
     predicted_seconds: float
 
 
+class StepCosts(FrozenManifest):
+    """What the work of a step takes on the plan's hardware, in seconds: so that metrics say how well it was used."""
+
+    seconds_per_token: float  # through all layers' products
+    seconds_per_sampled_token: float  # through the output head
+    seconds_per_kv_byte: float  # of the KV cache, read
+
+
 class PlanManifest(FrozenManifest):
     """`plan.json`: everything that `run-shard` needs besides the shard files themselves.
 
@@ -50,6 +58,7 @@ class PlanManifest(FrozenManifest):
     hardware: str
     sampling: SamplingSpec
     engine: EngineSpec
+    step_costs: StepCosts | None = None  # not in plans of earlier versions
     completions: str  # folder that holds the completions of the shards, relative to the plan's folder
     shards: tuple[ShardPlan, ...]
     summary: dict[str, Any]

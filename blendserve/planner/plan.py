@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from blendserve.job_folder import JobFolder
-from blendserve.manifest import PlanManifest
+from blendserve.manifest import PlanManifest, StepCosts
 from blendserve.planner.database import open_database, write_relation
 from blendserve.planner.learning_inputs import learning_inputs
 from blendserve.planner.length_history import recall
@@ -93,6 +93,16 @@ def predictor(spec: JobSpec, shape: ModelShape, hardware: Hardware) -> Callable[
     )
 
 
+def step_costs(shape: ModelShape, hardware: Hardware) -> StepCosts:
+    """For the metrics of the engine's steps."""
+    constants = cost_constants(shape, hardware)
+    return StepCosts(
+        seconds_per_token=constants.seconds_per_layer_token,
+        seconds_per_sampled_token=constants.seconds_per_sampled_token,
+        seconds_per_kv_byte=constants.seconds_per_kv_token / shape.kv_bytes_per_token(hardware.bytes_per_element),
+    )
+
+
 def schedule_rows(
     database: duckdb.DuckDBPyConnection,
     states: RequestStates,
@@ -151,6 +161,7 @@ def _manifest(
     states: RequestStates,
     lengths: OutputLengths,
 ) -> PlanManifest:
+    shape = load_model_shape(model_folder)
     draft = PlanManifest(
         plan_id="",
         policy=spec.policy,
@@ -159,12 +170,12 @@ def _manifest(
         hardware=hardware.name,
         sampling=spec.sampling,
         engine=spec.engine,
+        step_costs=step_costs(shape, hardware),
         completions="../completions",
         shards=(),
         summary={},
     )
     plan_id = plan_id_of(draft.model_dump_json(), scheduled, states)
-    shape = load_model_shape(model_folder)
     cache_tokens = capacity_tokens(shape, hardware)
     shards = shard_plans(scheduled, states, plan_id, predictor(spec, shape, hardware))
     seconds = sum(shard.predicted_seconds for shard in shards)

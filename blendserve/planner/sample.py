@@ -15,7 +15,7 @@ from blendserve.planner.database import open_database
 from blendserve.planner.length_history import recall
 from blendserve.planner.output_lengths import OutputLengths, RememberedLengths
 from blendserve.planner.performance_model import load_model_shape, tokens_within_a_step
-from blendserve.planner.plan import plan_hardware, predictor, schedule_rows
+from blendserve.planner.plan import plan_hardware, predictor, schedule_rows, step_costs
 from blendserve.planner.plan_files import plan_id_of, shard_plans, write_plan_files
 from blendserve.planner.prompt_tokens import open_prompt_tokens
 from blendserve.planner.requests import RequestStates, read_request_states
@@ -67,6 +67,7 @@ def write_sample_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> i
         hardware=hardware.name,
         sampling=spec.sampling,
         engine=spec.engine,
+        step_costs=step_costs(shape, hardware),
         completions="../completions/sample",
         shards=(),
         summary={"num_requests": len(rows), "num_sampled": len(sampled)},

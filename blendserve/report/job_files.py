@@ -18,7 +18,7 @@ from blendserve.file_store import LocalStore
 from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, read_record
 from blendserve.lease import counted_files
-from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan, read_manifest
+from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan, StepCosts, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class ShardRun:
     name: str
     is_sample: bool
     planned: ShardPlan
+    step_costs: StepCosts | None  # of the plan; None in plans of earlier versions
     done: ShardManifest | None
     schedule: Path  # the planned requests
     completions: Path  # folder of part-*.parquet and metrics.parquet
@@ -92,6 +93,7 @@ def _runs(folder: Path, plan: PlanManifest | None, *, is_sample: bool) -> list[S
             name="sample" if is_sample else f"shard {shard.shard}",
             is_sample=is_sample,
             planned=shard,
+            step_costs=plan.step_costs,
             done=_read_done(completions / f"shard-{shard.shard:05d}" / "shard.json", plan.plan_id),
             schedule=folder / shard.file,
             completions=completions / f"shard-{shard.shard:05d}",

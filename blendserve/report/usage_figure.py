@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
+from blendserve.manifest import StepCosts
 from blendserve.report.figure_style import (
     INK,
     LEFT,
@@ -32,7 +33,7 @@ _PANELS = (
     "tokens per step",
     "running requests",
     "KV cache blocks in use",
-    "KV cache bytes read per step",
+    "work per step, of its time",
     "time per step",
 )
 _SUMMED = (
@@ -45,6 +46,7 @@ _SUMMED = (
     "kv_read_bytes",
     "step_seconds",
 )
+_SHARES = ("compute_share", "memory_share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,9 @@ def draw_usage(job: JobFiles) -> Chart:
     caption = (
         f"What the engine did in {format_count(timeline.num_steps)} steps over {format_seconds(timeline.num_seconds)}"
         f"{', all runs laid end to end' if len(timeline.run_starts) > 1 else ''}: where blending works, prefill and "
-        "decode tokens share the steps all the way through, both fronts are running and the cache is kept full"
+        "decode tokens share the steps all the way through, both fronts are running and the cache is kept full. "
+        "Work is what the plan says of a step's tokens and KV cache reads; where it overlaps, both kinds together are "
+        "more than the step's time"
     )
     preempted = timeline.num_preempted
     caption += f" ({format_count(preempted)}\N{NO-BREAK SPACE}preemption{'' if preempted == 1 else 's'})."
@@ -88,7 +92,7 @@ def read_timeline(job: JobFiles) -> Timeline | None:
     points = list(_points(runs, begins, seconds))
     return Timeline(
         seconds=np.concatenate([point["started_seconds"] for point in points]),
-        means={name: np.concatenate([point[name] for point in points]) for name in _SUMMED},
+        means={name: np.concatenate([point[name] for point in points]) for name in (*_SUMMED, *_SHARES)},
         max_step_seconds=np.concatenate([point["max_step_seconds"] for point in points]),
         run_starts=tuple((run.name, float(begin)) for run, begin in zip(runs, begins, strict=True)),
         num_steps=sum(pq.read_metadata(run.metrics).num_rows for run in runs),
@@ -113,9 +117,25 @@ def _points(
         starts = _pieces(columns["started_seconds"], run_seconds, max_points)
         sizes = np.diff(np.append(starts, len(columns["started_seconds"])))
         point = {name: np.add.reduceat(columns[name].astype(np.float64), starts) / sizes for name in _SUMMED}
+        point |= _work_shares(point, run.step_costs)
         point["started_seconds"] = columns["started_seconds"][starts] + begin
         point["max_step_seconds"] = np.maximum.reduceat(columns["step_seconds"], starts)
         yield point
+
+
+def _work_shares(point: dict[str, NDArray[np.float64]], costs: StepCosts | None) -> dict[str, NDArray[np.float64]]:
+    """Compute and memory seconds by the plan, of a second of time; not a number where the plan doesn't say."""
+    if costs is None:
+        unknown = np.full(len(point["step_seconds"]), np.nan)
+        return dict.fromkeys(_SHARES, unknown)
+    decodes, seconds = point["num_decode_tokens"], np.maximum(point["step_seconds"], 1e-9)
+    compute = (
+        point["num_prefill_tokens"] + decodes
+    ) * costs.seconds_per_token + decodes * costs.seconds_per_sampled_token
+    return {
+        "compute_share": compute / seconds,
+        "memory_share": point["kv_read_bytes"] * costs.seconds_per_kv_byte / seconds,
+    }
 
 
 def _pieces(started: NDArray[np.float64], seconds: float, max_pieces: int) -> NDArray[np.int64]:
@@ -154,6 +174,7 @@ def _figure(timeline: Timeline) -> go.Figure:
     style(figure, height=170 * len(_PANELS), hovermode="x unified", **_legends())
     figure.update_annotations(x=0, xanchor="left", font={"size": 13, "color": INK})
     figure.update_yaxes(rangemode="tozero", tickformat="~s", nticks=5)
+    figure.update_yaxes(tickformat=".0%", row=4, col=1)
     figure.update_yaxes(ticksuffix="s", row=len(_PANELS), col=1)
     figure.update_xaxes(title_text="seconds of engine time", row=len(_PANELS), col=1)
     if len(timeline.run_starts) > 1:
@@ -182,7 +203,8 @@ def _series() -> list[tuple[int, tuple[str, str, str, str | None, bool]]]:
         (2, ("num_running_right", "right front", RIGHT, RIGHT_AREA, True)),
         (3, ("num_used_blocks", "in use", LEFT, LEFT_AREA, False)),
         (3, ("num_total_blocks", "there are", MUTED, None, False)),
-        (4, ("kv_read_bytes", "bytes", RIGHT, RIGHT_AREA, False)),
+        (4, ("compute_share", "compute", LEFT, None, False)),
+        (4, ("memory_share", "memory", RIGHT, None, False)),
         (5, ("max_step_seconds", "longest", PLANNED, None, False)),
         (5, ("step_seconds", "mean", INK, None, False)),
     ]

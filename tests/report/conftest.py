@@ -14,7 +14,7 @@ import pytest
 from blendserve import schemas
 from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord
-from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan, write_manifest
+from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan, StepCosts, write_manifest
 from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.spec import EngineSpec, JobSpec, SamplingSpec
 
@@ -50,6 +50,7 @@ class JobWriter:
     failure: str = "the model fails: '<script>alert(1)</script>' & <b>bold</b>"
     num_steps: int = 30
     policy: str = "blend"
+    step_costs: StepCosts | None = None
     spec: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -172,6 +173,7 @@ class JobWriter:
             hardware="cpu",
             sampling=SamplingSpec(),
             engine=EngineSpec(),
+            step_costs=self.step_costs,
             completions="../completions/sample" if name == "sample" else "../completions",
             shards=shards,
             summary=SUMMARY if runs else {},

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from blendserve.manifest import StepCosts
 from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.report.comparison_figures import _bin_lengths, draw_cached, draw_lengths
 from blendserve.report.density_figure import _read_steps, draw_density
@@ -163,13 +164,35 @@ def test_timeline_of_many_steps_keeps_means_and_maxima(job) -> None:
     assert timeline is not None
     metrics = pq.read_table(job.folder.completions / "shard-00000" / "metrics.parquet")
     assert 500 < len(timeline.seconds) <= 600
-    assert set(timeline.means) == set(_SUMMED)
+    assert set(timeline.means) == {*_SUMMED, "compute_share", "memory_share"}
     for name in _SUMMED:
         column = metrics.column(name).to_numpy()
         assert column.min() <= timeline.means[name].min()
         assert np.mean(timeline.means[name]) == pytest.approx(column.mean(), rel=0.01)
     assert timeline.max_step_seconds.max() == metrics.column("step_seconds").to_numpy().max()
     assert "20,000 steps" in draw_usage(read_job(job.folder)).caption
+
+
+def test_the_work_of_a_step_is_drawn_as_the_plan_prices_it(job) -> None:
+    job.num_sampled, job.num_shards, job.num_steps = 0, 1, 40
+    job.step_costs = StepCosts(seconds_per_token=1e-4, seconds_per_sampled_token=1e-5, seconds_per_kv_byte=1e-9)
+    job.write()
+    timeline = read_timeline(read_job(job.folder))
+    assert timeline is not None
+    prefill, decodes, kv_bytes, seconds = (
+        timeline.means[name] for name in ("num_prefill_tokens", "num_decode_tokens", "kv_read_bytes", "step_seconds")
+    )
+    compute = (1e-4 * prefill + 1.1e-4 * decodes) / seconds
+    assert timeline.means["compute_share"] == pytest.approx(compute)
+    assert timeline.means["memory_share"] == pytest.approx(1e-9 * kv_bytes / seconds)
+
+
+def test_a_plan_of_an_earlier_version_says_nothing_of_the_work_of_a_step(job) -> None:
+    job.write()
+    timeline = read_timeline(read_job(job.folder))
+    assert timeline is not None
+    assert np.isnan(timeline.means["compute_share"]).all()
+    assert draw_usage(read_job(job.folder)).data is not None
 
 
 def test_reasons_are_grouped_without_numbers_and_quotes(job) -> None:
