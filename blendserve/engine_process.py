@@ -1,7 +1,8 @@
 """Runs shards in a process of their own, so that its GPU memory ends with it, and watches over that process.
 
 The process says in JSON lines how far it is ("progress"), which shard is through ("done") and when it can take another
-("next"). It takes one shard after the other; which one it was given says whose failure its end is.
+("next"), which is before the last requests of a shard are through. Its failure is that of the shards that it was given
+and that aren't done.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class _EngineProcess:
         self._on_progress = on_progress
         self._next_shard = next_shard
         self._running: list[int] = []  # given to the process and not done
+        self._has_more = True
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
 
     def run(
@@ -164,24 +166,30 @@ class _EngineProcess:
             self._running.remove(manifest.shard)
             self._lines.clear()  # what was said of it explains no failure of another
             self._on_done(manifest)
+            self._close_when_through(process)
         elif self._on_progress is not None:
             self._on_progress(message)
 
     def _give_next(self, process: subprocess.Popen[bytes]) -> None:
-        stdin = process.stdin
-        if stdin is None:
-            raise RuntimeError("the engine's process was started with a pipe")
         shard = self._next_shard()
         if shard is None:
-            stdin.close()
+            self._has_more = False
+            self._close_when_through(process)
             return
         self._running.append(shard)
-        with suppress(BrokenPipeError):  # it has ended, which its status explains
-            os.write(stdin.fileno(), f"{shard}\n".encode())
+        if process.stdin is not None:
+            with suppress(BrokenPipeError):  # it has ended, which its status explains
+                os.write(process.stdin.fileno(), f"{shard}\n".encode())
+
+    def _close_when_through(self, process: subprocess.Popen[bytes]) -> None:
+        """Not earlier: a process whose stdin ends while it runs a shard stops."""
+        if not self._has_more and not self._running and process.stdin is not None:
+            process.stdin.close()
 
     def _failure(self, status: int) -> BlendServeError:
         """What a process's end means that didn't finish its shards."""
-        what = f"Shard {self._running[0]}" if self._running else "The engine's process"
+        shards = " and ".join(f"shard {shard}" for shard in self._running) or "the engine's process"
+        what = shards[0].upper() + shards[1:]
         where = f"{what} of {self._plan_folder}"
         detail = "\n".join(self._lines) or "it wrote nothing"
         if status in (Interrupted.exit_status, -signal.SIGINT, -signal.SIGTERM):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from blendserve.engine.detokenizer import Detokenizer, GrowingText
+from blendserve.engine.completion_maker import CompletionMaker
+from blendserve.engine.detokenizer import Detokenizer
 from blendserve.engine.device import (
     block_bytes,
     count_blocks,
@@ -25,10 +25,9 @@ from blendserve.engine.device import (
 )
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.memory_profile import profile_activation_bytes
-from blendserve.engine.model_runner import LaunchedStep, ModelRunner, StepOutput
+from blendserve.engine.model_runner import LaunchedStep, ModelRunner
 from blendserve.engine.overlap import OverlapPolicy
-from blendserve.engine.request import Completion, FinishReason, Request
-from blendserve.engine.running import IntArray
+from blendserve.engine.request import Completion, Request
 from blendserve.engine.sampler import Sampler
 from blendserve.engine.scheduled_batch import ScheduledBatch
 from blendserve.engine.scheduler import Scheduler
@@ -46,6 +45,10 @@ log = logging.getLogger(__name__)
 _SHRUNK_SHARE = 0.9
 _MAX_SHRINKS = 5
 
+# What follows a source: None as long as nothing is known of it, else what opens it. That is given the requests that
+# still run, and gives None where nothing is left in it to run.
+NextSource = Callable[[], Callable[[Sequence[Request]], RequestSource | None] | None]
+
 
 @dataclass(frozen=True, slots=True)
 class _StepInFlight:
@@ -57,7 +60,7 @@ class _StepInFlight:
 
 
 class LLMEngine:
-    """A loaded model that turns requests into completions. One source at a time; the prefix cache outlives it."""
+    """A loaded model that turns requests into completions, from one source at a time. The prefix cache outlives it."""
 
     def __init__(
         self,
@@ -87,8 +90,8 @@ class LLMEngine:
         self.max_model_len = min(spec.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
         self._spec = spec
         self.limits = limits = resolve_limits(spec, device)
-        self._detokenizer = Detokenizer(model_folder, sampling.stop)
-        self._eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
+        eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
+        self._completions = CompletionMaker(Detokenizer(model_folder, sampling.stop), eos_token_ids)
         if spec.overlap == "on" and device.type == "cuda" and not limits.is_batch_invariant:
             overlap = overlap or OverlapPolicy()
         is_invariant = limits.is_batch_invariant
@@ -114,7 +117,6 @@ class LLMEngine:
         )
         self._paced_tokens = overlap.min_prefill_tokens if overlap else None
         self._max_in_flight = max_in_flight or (2 if device.type == "cuda" else 1)
-        self._texts: dict[int, GrowingText] = {}  # by position, where stop strings have to be looked for
         self._num_steps = self._num_shrinks = 0
         self._started = self._ended = 0.0
         self.busy_seconds = 0.0  # of the last run, on a GPU
@@ -140,31 +142,28 @@ class LLMEngine:
         on_finished: Callable[[Completion], None],
         on_step: Callable[[StepMetrics], None],
         should_stop: Callable[[], bool],
+        next_source: NextSource | None = None,
     ) -> None:
         """Run all requests of `source`, or until `should_stop()`, which is asked before each step.
 
-        Each request comes out of `on_finished` once; one that can't run comes out with an error.
+        Each request comes out of `on_finished` once; one that can't run comes out with an error. When all of them are
+        admitted, `next_source` may say what to go on with beside those that still run.
         """
-        self._scheduler = Scheduler(
-            source,
-            self._kv_cache,
-            max_num_seqs=self.limits.max_num_seqs,
-            max_num_batched_tokens=self.limits.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            paced_tokens=self._paced_tokens,
-        )
+        self._scheduler = self._make_scheduler(source)
         self._num_steps = self._num_shrinks = 0
-        self._ended = time.perf_counter()
-        self._started = self._ended
+        self._started = self._ended = time.perf_counter()
         self.busy_seconds = self.waiting_seconds = 0.0
         in_flight: deque[_StepInFlight] = deque()
         while (self._scheduler.has_unfinished or in_flight) and not should_stop():
+            if next_source and self._has_begun_all and (open_source := next_source()):
+                for completion in self._finish_all(in_flight, on_step):
+                    on_finished(completion)
+                self._follow(open_source)
             batch = self._scheduler.schedule()
             completions = [Completion.failed(request, reason) for request, reason in batch.failed]
             step = self._launch(batch)
             if step is None:
-                while in_flight:
-                    completions += self._finish(in_flight.popleft(), on_step)
+                completions += self._finish_all(in_flight, on_step)
                 self._shrink_cache()
             elif batch.num_tokens or not in_flight:
                 in_flight.append(step)
@@ -175,8 +174,33 @@ class LLMEngine:
         for step in in_flight:
             self.runner.collect(step.launched)
         self._scheduler.abort()
-        self._texts.clear()
+        self._completions.clear()
         self._kv_cache.check_integrity(())
+
+    def _make_scheduler(self, source: RequestSource) -> Scheduler:
+        return Scheduler(
+            source,
+            self._kv_cache,
+            max_num_seqs=self.limits.max_num_seqs,
+            max_num_batched_tokens=self.limits.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            paced_tokens=self._paced_tokens,
+        )
+
+    @property
+    def _has_begun_all(self) -> bool:
+        """Whether nothing waits and every prompt is computed: all that is left is to decode."""
+        running = self._scheduler.running
+        return self._scheduler.num_waiting == 0 and bool(running.is_decoding[running.active_rows()].all())
+
+    def _follow(self, open_source: Callable[[Sequence[Request]], RequestSource | None]) -> None:
+        """Go on with another source, if there is something in it, beside what still runs. No step is in flight."""
+        running = self._scheduler.running
+        source = open_source([request for request in running.requests if request is not None])
+        if source is not None:
+            self._scheduler = self._make_scheduler(source)
+            self._scheduler.running = running
+            self._num_shrinks = 0
 
     def _launch(self, batch: ScheduledBatch) -> _StepInFlight | None:
         """Start a step; None when there is no memory for it."""
@@ -205,6 +229,12 @@ class LLMEngine:
         self._scheduler.begin_again(self._kv_cache)
         self.runner.resize_cache(num_blocks)
 
+    def _finish_all(self, in_flight: deque[_StepInFlight], on_step: Callable[[StepMetrics], None]) -> list[Completion]:
+        completions = []
+        while in_flight:
+            completions += self._finish(in_flight.popleft(), on_step)
+        return completions
+
     def _finish(self, step: _StepInFlight, on_step: Callable[[StepMetrics], None]) -> list[Completion]:
         """Wait for a step. Returns the completions that end with it."""
         asked = time.perf_counter()
@@ -212,54 +242,11 @@ class LLMEngine:
         self.waiting_seconds += time.perf_counter() - asked
         self.busy_seconds += output.busy_seconds
         began, self._ended = self._ended, time.perf_counter()
-        completions = self._take_tokens(step.batch, output)
+        completions = self._completions.take_tokens(self._scheduler, step.batch, output)
         started, seconds = began - self._started, self._ended - began
         on_step(StepMetrics(self._num_steps, started_seconds=started, step_seconds=seconds, **step.counts))
         self._num_steps += 1
         return completions
-
-    def _take_tokens(self, batch: ScheduledBatch, output: StepOutput) -> list[Completion]:
-        """Take new tokens into their requests, but for those that have ended or were preempted since."""
-        running = self._scheduler.running
-        is_live = running.serials[batch.sampled_rows] == batch.sampled_serials
-        rows, token_ids, is_valid = batch.sampled_rows[is_live], output.token_ids[is_live], output.is_valid[is_live]
-        running.record(rows, token_ids)
-        is_end = np.isin(token_ids, self._eos_token_ids)
-        is_ended = is_end | (running.known_tokens[rows] >= running.max_tokens[rows]) | ~is_valid
-        texts = self._stopped_texts(rows, token_ids) if self._detokenizer.has_stop_strings else {}
-        completions = []
-        for index in np.flatnonzero(is_ended | np.isin(rows, list(texts))).tolist():
-            row = int(rows[index])
-            request = self._scheduler.finish(row, is_reusable=bool(is_valid[index]))
-            self._texts.pop(request.position, None)
-            if not is_valid[index]:
-                completions.append(self._not_finite(request))
-            elif is_end[index]:
-                text = self._detokenizer.decode(request.output_token_ids[:-1])
-                completions.append(Completion.of(request, FinishReason.STOP, text))
-            elif row in texts:
-                completions.append(Completion.of(request, FinishReason.STOP, texts[row]))
-            else:
-                text = self._detokenizer.decode(request.output_token_ids)
-                completions.append(Completion.of(request, FinishReason.LENGTH, text))
-        return completions
-
-    def _stopped_texts(self, rows: IntArray, token_ids: NDArray[np.int32]) -> dict[int, str]:
-        """The texts of the rows that a stop string ends with these tokens."""
-        texts = {}
-        for row, token_id in zip(rows.tolist(), token_ids.tolist(), strict=True):
-            position = self._scheduler.running.request(row).position
-            text = self._texts.setdefault(position, GrowingText(self._detokenizer)).append(token_id)
-            if text is not None:
-                texts[row] = text
-        return texts
-
-    def _not_finite(self, request: Request) -> Completion:
-        return Completion.failed(
-            request,
-            f"the model gave logits that are not finite for token {len(request.output_token_ids)} of the completion. "
-            "Try --dtype float32, and check the model's weights",
-        )
 
     def _describe(self, batch: ScheduledBatch) -> dict[str, int]:
         """The step's metrics but for its times; taken before the step's requests finish."""

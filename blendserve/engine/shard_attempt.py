@@ -6,8 +6,8 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,12 +18,11 @@ import blendserve
 from blendserve.engine.batch_density import BatchDensity
 from blendserve.engine.detokenizer import Detokenizer
 from blendserve.engine.device import describe_device, resolve_device
-from blendserve.engine.engine import LLMEngine
-from blendserve.engine.request import Completion, FinishReason
+from blendserve.engine.request import Completion, FinishReason, Request
 from blendserve.engine.shard_folder import CompletionWriter, ShardFolder
 from blendserve.engine.shard_reader import ShardReader
 from blendserve.engine.step_metrics import StepMetrics, ended_seconds
-from blendserve.errors import Interrupted, ReconciliationError
+from blendserve.errors import ReconciliationError
 from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan
 
 _PROGRESS_SECONDS = 1.0
@@ -48,7 +47,7 @@ class Progress:
 
 
 class ShardAttempt:
-    """One attempt at a shard, whose folder is locked and taken over."""
+    """One attempt at a shard, whose folder is locked and taken over. It is through when it `is_complete`."""
 
     def __init__(
         self,
@@ -56,98 +55,109 @@ class ShardAttempt:
         plan: PlanManifest,
         shard_plan: ShardPlan,
         folder: ShardFolder,
+        *,
         on_progress: Callable[[Progress], None] | None,
+        guests: Sequence[Request] = (),
     ) -> None:
-        self._plan = plan
-        self._shard_plan = shard_plan
+        """guests: requests of earlier shards that will run on beside this one's."""
+        self.shard = shard_plan.shard
+        self._plan_id = plan.plan_id
         self._folder = folder
         self._on_progress = on_progress
-        self._reader = ShardReader(
+        self.reader = ShardReader(
             plan_dir / shard_plan.file,
             seed=plan.sampling.seed,
             is_two_ended=plan.is_two_ended,
             done_rows=folder.read_counts().column("row_index").to_pylist(),
+            guests=guests,
         )
-        self._num_requests = len(self._reader.row_indices)
-        self._num_resumed = self._num_requests - self._reader.num_requests
+        self._writer = CompletionWriter(folder)
+        self._texts = Detokenizer(Path(plan.model), ()) if plan.engine.log_texts else None
+        self._device = describe_device(resolve_device(plan.engine))
+        self._num_requests = len(self.reader.row_indices)
+        self._num_resumed = self._num_requests - self.reader.num_requests
         self._num_done = self._num_resumed
-        self._num_tokens = 0
-        self._density = BatchDensity(self._reader)
+        self._num_tokens = self._num_steps = 0
+        self._seconds = 0.0  # in steps
+        self._density = BatchDensity(self.reader)
         self._reported_at = 0.0
         self._last_step: StepMetrics | None = None
-
-    def run(self, loaded_engine: Callable[[], LLMEngine], should_stop: Callable[[], bool]) -> ShardManifest:
-        """Run what is left and publish the shard. The engine is asked for only where something is left.
-
-        Raises Interrupted when `should_stop()` said so before the end.
-        """
-        device = describe_device(resolve_device(self._plan.engine))
         log.info(
             "Shard %d: %d requests, %d of them finished earlier, on %s",
-            *(self._shard_plan.shard, self._num_requests, self._num_resumed, device),
+            *(self.shard, self._num_requests, self._num_resumed, self._device),
         )
-        if self._reader.num_requests:
-            self._run_engine(loaded_engine(), should_stop)
-        if self._num_done < self._num_requests:
-            raise Interrupted(
-                f"Shard {self._shard_plan.shard} was asked to stop with {self._num_done} of {self._num_requests} "
-                "requests finished. They are written; run the shard again to go on."
-            )
-        manifest = self._manifest(device, self._folder.write_metrics())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every request has its completion."""
+        return self._num_done == self._num_requests
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another process was seen to have taken over."""
+        return self._folder.is_lost
+
+    @property
+    def state(self) -> str:
+        return f"Shard {self.shard} was asked to stop with {self._num_done} of {self._num_requests} requests finished."
+
+    def add_step(self, metrics: StepMetrics) -> None:
+        """Take in a step that counts for this shard."""
+        metrics = replace(metrics, step=self._num_steps, started_seconds=self._seconds)
+        self._num_steps += 1
+        self._seconds += metrics.step_seconds
+        self._num_tokens += metrics.num_prefill_tokens + metrics.num_cached_tokens + metrics.num_decode_tokens
+        self._writer.add_step(metrics)
+        self._last_step = metrics
+        self._report()
+
+    def add(self, completion: Completion) -> None:
+        """Take in the completion of one of this shard's requests."""
+        self._writer.add(completion)
+        if self._texts is not None:
+            _log_texts(completion, self._texts)
+        self._num_done += 1
+        self.reader.finish(completion)
+        self._density.finish(completion.row_index)
+        self._report()
+
+    def write_due(self) -> None:
+        """Write what shall not wait any longer; to be called after every step."""
+        self._writer.write_due()
+
+    def flush(self) -> None:
+        """Write all that is finished."""
+        self._writer.flush()
+
+    def publish(self) -> ShardManifest:
+        """Declare the shard done."""
+        self.flush()
+        manifest = self._manifest(self._folder.write_metrics())
         self._folder.publish(manifest)
         return manifest
 
-    def _run_engine(self, engine: LLMEngine, should_stop: Callable[[], bool]) -> None:
-        plan, writer = self._plan, CompletionWriter(self._folder)
-        texts = Detokenizer(Path(plan.model), ()) if plan.engine.log_texts else None
-
-        def on_step(metrics: StepMetrics) -> None:
-            self._num_tokens += metrics.num_prefill_tokens + metrics.num_cached_tokens + metrics.num_decode_tokens
-            writer.add_step(metrics)
-            self._last_step = metrics
-            self._report(metrics)
-
-        def on_finished(completion: Completion) -> None:
-            writer.add(completion)
-            if texts is not None:
-                _log_texts(completion, texts)
-            self._num_done += 1
-            self._reader.finish(completion)
-            self._density.finish(completion.row_index)
-            if self._num_done == self._num_requests and self._last_step is not None:
-                self._report(self._last_step)
-
-        def must_stop() -> bool:
-            return self._folder.is_lost or should_stop()
-
-        try:
-            engine.run(self._reader, on_finished=on_finished, on_step=on_step, should_stop=must_stop)
-        finally:
-            writer.flush()
-
-    def _report(self, metrics: StepMetrics) -> None:
+    def _report(self) -> None:
         """Tell the progress, at most once a second and once at the end."""
-        now = time.monotonic()
-        is_last = self._num_done == self._num_requests
-        if self._on_progress is None or (now - self._reported_at < _PROGRESS_SECONDS and not is_last):
+        now, metrics = time.monotonic(), self._last_step
+        is_early = now - self._reported_at < _PROGRESS_SECONDS and not self.is_complete
+        if self._on_progress is None or metrics is None or is_early:
             return
         self._reported_at = now
-        seconds = metrics.started_seconds + metrics.step_seconds
         self._on_progress(
             Progress(
-                shard=self._shard_plan.shard,
+                shard=self.shard,
                 done=self._num_done,
                 total=self._num_requests,
                 num_running=metrics.num_running,
-                tokens_per_second=round(self._num_tokens / seconds, 1) if seconds > 0 else 0.0,
-                seconds=round(seconds, 3),
+                tokens_per_second=round(self._num_tokens / self._seconds, 1) if self._seconds > 0 else 0.0,
+                seconds=round(self._seconds, 3),
                 density=self._density.value(),
             )
         )
 
-    def _manifest(self, device: str, metrics: pa.Table) -> ShardManifest:
+    def _manifest(self, metrics: pa.Table) -> ShardManifest:
         counts = self._folder.read_counts()
-        counts = counts.filter(pc.is_in(counts.column("row_index"), pa.array(self._reader.row_indices)))
+        counts = counts.filter(pc.is_in(counts.column("row_index"), pa.array(self.reader.row_indices)))
         num_rows = pc.count_distinct(counts.column("row_index")).as_py()
         if counts.num_rows != self._num_requests or num_rows != self._num_requests:
             raise ReconciliationError(
@@ -160,8 +170,8 @@ class ShardAttempt:
 
         num_failed = int(pc.sum(pc.equal(counts.column("finish_reason"), FinishReason.ERROR.value)).as_py() or 0)
         return ShardManifest(
-            plan_id=self._plan.plan_id,
-            shard=self._shard_plan.shard,
+            plan_id=self._plan_id,
+            shard=self.shard,
             status="done",
             num_requests=self._num_requests,
             num_succeeded=self._num_requests - num_failed,
@@ -173,7 +183,7 @@ class ShardAttempt:
             num_preemptions=total("num_preempted", metrics),
             num_steps=metrics.num_rows,
             seconds=ended_seconds(metrics),
-            device=device,
+            device=self._device,
             versions=_versions(),
         )
 

@@ -171,8 +171,10 @@ class CompletionWriter:
         self._pending.append(completion)
 
     def add_step(self, metrics: StepMetrics) -> None:
-        """Take in a step, and write what is due."""
         self._steps.append(metrics)
+
+    def write_due(self) -> None:
+        """Write what is many or old enough; to be called after every step."""
         now = time.monotonic()
         if self._pending and (now - self._written_at >= _PART_SECONDS or len(self._pending) >= _PART_COMPLETIONS):
             self._flush_completions()

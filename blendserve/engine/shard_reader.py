@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from blendserve.schemas import SCHEDULED_REQUESTS
 # Prompts that are kept in memory: what lies around two fronts, and units from elsewhere in the file where what has been
 # learnt of lengths has put them in another order.
 _MAX_KEPT_TOKENS = 2**25
+_KNOWN = -1  # class of a request whose length needs no learning
 
 
 def max_completion_tokens(path: Path) -> int:
@@ -34,8 +36,20 @@ def max_completion_tokens(path: Path) -> int:
 class ShardReader:
     """The requests of a shard file that still have to run, in the file's order: position 0 is the first of them."""
 
-    def __init__(self, path: Path, *, seed: int, is_two_ended: bool, done_rows: Collection[int]) -> None:
-        """done_rows: row_index of the requests that need not run. Raises PlanError when the file isn't a shard."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        seed: int,
+        is_two_ended: bool,
+        done_rows: Collection[int],
+        guests: Sequence[Request] = (),
+    ) -> None:
+        """done_rows: row_index of the requests that need not run. guests: requests of earlier shards that will run on
+        beside these; they get the positions behind them.
+
+        Raises PlanError when the file isn't a shard.
+        """
         self._file = _open_shard(path)
         self._seed = seed
         metadata = self._file.metadata
@@ -56,12 +70,18 @@ class ShardReader:
             is_two_ended=is_two_ended,
         )
         self._position = {row: position for position, row in enumerate(self.remaining_row_indices.tolist())}
+        for position, guest in enumerate(guests, start=len(self._remaining)):
+            guest.position = position
         lengths = self._read_lengths() if is_two_ended else None
-        self.learner = None if lengths is None else LengthLearner(lengths, self.scanner)
+        self.learner = None if lengths is None else LengthLearner(_with_guests(lengths, guests), self.scanner)
 
     def position_of(self, row_index: int) -> int:
         """Where the request of this row stands in the scanner."""
         return self._position[row_index]
+
+    def has(self, row_index: int) -> bool:
+        """Whether the request of this row is one of those that still had to run."""
+        return row_index in self._position
 
     def finish(self, completion: Completion) -> None:
         """Learn from how long a request has become."""
@@ -154,3 +174,20 @@ def _open_shard(path: Path) -> pq.ParquetFile:
             f"got {', '.join(file.schema_arrow.names)}. It was written by another version; plan again."
         )
     return file
+
+
+def _with_guests(shard: ShardLengths, guests: Sequence[Request]) -> ShardLengths:
+    """With requests behind the others whose lengths aren't learnt here: what was learnt of them last stays."""
+    num_guests = len(guests)
+    zeros, ones = np.zeros(num_guests), np.ones(num_guests, dtype=np.int64)
+    estimated = np.array([guest.estimated_output_tokens for guest in guests], dtype=np.int64)
+    return replace(
+        shard,
+        classes=np.concatenate([shard.classes, np.full((num_guests, shard.classes.shape[1]), _KNOWN, dtype=np.int32)]),
+        estimated_tokens=np.concatenate([shard.estimated_tokens, estimated]),
+        max_tokens=np.concatenate([shard.max_tokens, ones]),
+        kv_prompt_tokens=np.concatenate([shard.kv_prompt_tokens, ones]),
+        unit_id=np.concatenate([shard.unit_id, ones * shard.unit_id[0]]),
+        compute_seconds=np.concatenate([shard.compute_seconds, zeros]),
+        memory_seconds=np.concatenate([shard.memory_seconds, zeros]),
+    )

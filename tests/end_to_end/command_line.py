@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from blendserve import gpus, job
-from blendserve.engine.run_shard import ShardRunner, run_shard
+from blendserve.engine.run_shard import GivenOrders, run_shard
+from blendserve.engine.shard_runner import ShardRunner
 from blendserve.manifest import ShardManifest
 
 NUM_ROWS = 48
@@ -95,6 +96,5 @@ def _run_shards_here(
     on_done: Callable[[ShardManifest], None],
     **_callbacks: object,
 ) -> None:
-    runner = ShardRunner(plan_folder, None, should_stop=lambda: False, on_progress=None)
-    while (shard := next_shard()) is not None:
-        on_done(runner.run(shard))
+    runner = ShardRunner(plan_folder, None, should_stop=lambda: False, on_done=on_done, on_progress=None)
+    runner.run(GivenOrders(iter(next_shard, None)))

@@ -86,6 +86,27 @@ def test_one_process_takes_one_shard_after_the_other(plan: Path) -> None:
     assert run_shard_process(plan, 4).device != done[0].device
 
 
+NEXT_BESIDE = "tell(event='next'); run(int(sys.stdin.readline()))"  # another shard begins and ends meanwhile
+
+
+def test_it_may_ask_for_the_next_shard_before_one_is_through(plan: Path) -> None:
+    (plan / "0.py").write_text(NEXT_BESIDE)
+    assert [manifest.shard for manifest in run_all(plan)] == [1, 0, 2]
+
+
+def test_stdin_stays_open_until_all_is_through(plan: Path) -> None:
+    """Its end would mean that the parent is dead."""
+    (plan / "0.py").write_text("import select\ntell(event='next')\nassert not select.select([0], [], [], 0.3)[0]")
+    assert len(run_all(plan, 1)) == 1
+
+
+def test_a_failure_is_of_all_shards_that_ran(plan: Path) -> None:
+    (plan / "0.py").write_text(NEXT_BESIDE)
+    (plan / "1.py").write_text("os.kill(os.getpid(), 9)")
+    with pytest.raises(EngineOutOfMemoryError, match=r"^Shard 0 and shard 1 of .* ran out of memory, or was killed"):
+        run_all(plan)
+
+
 def test_no_shards_at_all(plan: Path) -> None:
     assert run_all(plan, 0) == []
 
