@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a shard is. `done`: requests, those of earlier attempts too; tokens: prompt and output.
+    """How far a shard is. `done`: requests, those of earlier attempts too; tokens: prompt and output, in the steps that
+    count for the shard, 0 while they count for another.
 
     `density`: compute seconds over memory seconds of the requests that run, by the plan; None while none does.
     """
@@ -79,6 +80,7 @@ class ShardAttempt:
         self._num_done = self._num_resumed
         self._num_tokens = self._num_steps = 0
         self._seconds = 0.0  # in steps
+        self._has_steps = True  # whether steps count for this shard now
         self._density = BatchDensity(self.reader)
         self._reported_at = 0.0
         self._last_step: StepMetrics | None = None
@@ -103,12 +105,19 @@ class ShardAttempt:
 
     def add_step(self, metrics: StepMetrics) -> None:
         """Take in a step that counts for this shard."""
+        self._has_steps = True
         metrics = replace(metrics, step=self._num_steps, started_seconds=self._seconds)
         self._num_steps += 1
         self._seconds += metrics.step_seconds
         self._num_tokens += metrics.num_prefill_tokens + metrics.num_cached_tokens + metrics.num_decode_tokens
         self._writer.add_step(metrics)
         self._last_step = metrics
+        self._report()
+
+    def yield_steps(self) -> None:
+        """Steps count for another shard from now on."""
+        self._has_steps = False
+        self._reported_at = 0.0
         self._report()
 
     def add(self, completion: Completion) -> None:
@@ -143,13 +152,14 @@ class ShardAttempt:
         if self._on_progress is None or metrics is None or is_early:
             return
         self._reported_at = now
+        is_measured = self._has_steps and self._seconds > 0
         self._on_progress(
             Progress(
                 shard=self.shard,
                 done=self._num_done,
                 total=self._num_requests,
                 num_running=metrics.num_running,
-                tokens_per_second=round(self._num_tokens / self._seconds, 1) if self._seconds > 0 else 0.0,
+                tokens_per_second=round(self._num_tokens / self._seconds, 1) if is_measured else 0.0,
                 seconds=round(self._seconds, 3),
                 density=self._density.value(),
             )

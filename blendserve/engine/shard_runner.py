@@ -116,8 +116,11 @@ class ShardRunner:
                 self._plan_dir, self._plan, shard_plan, folder, on_progress=self._on_progress, guests=guests
             )
             end.callback(attempt.flush)
+            earlier = list(self._open)
             self._open[attempt] = end.pop_all()
         if not attempt.is_complete:
+            for other in earlier:
+                other.yield_steps()
             return attempt
         self._publish(attempt)
         return None

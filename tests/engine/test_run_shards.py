@@ -21,7 +21,7 @@ from blendserve.engine import run_shard as module
 from blendserve.engine import shard_folder
 from blendserve.engine.engine import LLMEngine
 from blendserve.engine.request import Completion, Request
-from blendserve.engine.run_shard import GivenOrders, main, run_shard
+from blendserve.engine.run_shard import GivenOrders, Progress, main, run_shard
 from blendserve.engine.shard_runner import ShardRunner
 from blendserve.errors import InUseError, PlanError
 from blendserve.file_store import LocalStore
@@ -138,8 +138,14 @@ def test_one_engine_runs_all_shards(
     assert told[1].num_cached_tokens > alone[0].num_cached_tokens, "prefixes of the shard before are still there"
 
 
-def runner_of(plan_dir: Path, on_done: Callable[[ShardManifest], None], *, should_stop: bool = False) -> ShardRunner:
-    return ShardRunner(plan_dir, None, should_stop=lambda: should_stop, on_done=on_done, on_progress=None)
+def runner_of(
+    plan_dir: Path,
+    on_done: Callable[[ShardManifest], None],
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: bool = False,
+) -> ShardRunner:
+    return ShardRunner(plan_dir, None, should_stop=lambda: should_stop, on_done=on_done, on_progress=on_progress)
 
 
 def test_a_shard_begins_beside_the_last_long_output_of_the_one_before(llama: Path, tmp_path: Path) -> None:
@@ -147,8 +153,13 @@ def test_a_shard_begins_beside_the_last_long_output_of_the_one_before(llama: Pat
     shards = [requests_of(number, NUM_REQUESTS, has_long=number == 0) for number in range(NUM_SHARDS)]
     plan_dir = write_shards(tmp_path / "together/plan", llama, shards, max_num_seqs=8)
     done: list[ShardManifest] = []
-    runner_of(plan_dir, done.append).run(GivenOrders(range(NUM_SHARDS)))
+    told: list[Progress] = []
+    runner_of(plan_dir, done.append, on_progress=told.append).run(GivenOrders(range(NUM_SHARDS)))
     assert [manifest.shard for manifest in done] == [1, 2, 0]
+    begun = [message.shard for message in told].index(1)
+    beside = [message.tokens_per_second for message in told[:begun] if message.shard == 0 and message.done > 0]
+    assert beside[-1] == 0, "its steps count for the other one"
+    assert told[-1].shard == 0 and told[-1].done == NUM_REQUESTS and told[-1].tokens_per_second > 0
     alone = run_alone(write_shards(tmp_path / "alone/plan", llama, shards, max_num_seqs=8))
     assert results(plan_dir) == results(tmp_path / "alone/plan")
     for manifest in done:
