@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,19 +15,12 @@ from blendserve.cli import main
 from tests import forked
 from tests.end_to_end.command_line import (
     Blendserve,
-    command,
     completions,
     generated_row_indices,
     job_options,
     run_engines_here,
     write_requests,
 )
-
-
-def start(arguments: list[object]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command("run", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
 
 
 def run_here(arguments: list[str], has_engine_process: bool = False) -> None:
@@ -98,12 +91,13 @@ def test_kill_9(
 def test_a_stop_request_keeps_what_is_finished(
     number: signal.Signals, options: list[object], tmp_path: Path, blendserve: Blendserve, uninterrupted: dict[str, str]
 ) -> None:
-    process = start(options)
-    wait_for(tmp_path / "out", "completions/shard-00000", lambda: process.poll() is None)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "run the same command again to go on" in stdout + stderr
+    process = forked.start(run_here, list(map(str, options)), True, output=tmp_path / "output.txt")
+    wait_for(tmp_path / "out", "completions/shard-00000", process.is_alive)
+    os.kill(process.pid or 0, number)
+    process.join(60)
+    output = (tmp_path / "output.txt").read_text()
+    assert process.exitcode == 130, output
+    assert "run the same command again to go on" in output
     assert not (tmp_path / "out" / "_SUCCESS").exists()
     assert not list((tmp_path / "out").rglob("*.tmp"))
     done = blendserve("run", *options)
@@ -116,10 +110,10 @@ def test_a_stop_request_keeps_what_is_finished(
 def test_when_only_the_command_is_killed_its_engine_ends_too(
     options: list[object], tmp_path: Path, blendserve: Blendserve, uninterrupted: dict[str, str]
 ) -> None:
-    process = start(options)
-    wait_for(tmp_path / "out", "completions/shard-00000", lambda: process.poll() is None)
+    process = forked.start(run_here, list(map(str, options)), True)
+    wait_for(tmp_path / "out", "completions/shard-00000", process.is_alive)
     process.kill()
-    process.communicate()
+    process.join()
     done = blendserve("run", *options)
     assert done.status == 0, done.stderr
     assert completions(tmp_path / "out") == uninterrupted
