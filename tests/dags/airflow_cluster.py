@@ -227,11 +227,11 @@ def _settings(home: Path, address: str, database: str, redis_port: int) -> dict[
         "AIRFLOW__API__SECRET_KEY": "only for tests, where nobody else can reach it",
         "AIRFLOW__API_AUTH__JWT_SECRET": "only for tests, where nobody else can reach it, and long enough for HS512",
         "AIRFLOW__DAG_PROCESSOR__PARSING_PROCESSES": "1",
+        "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "3600",  # no file changes
         "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": str(HEARTBEAT_TIMEOUT_SECONDS),
         "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "1",
         "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "1",
         "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
-        "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",
         "AIRFLOW__BLENDSERVE__GPU_QUEUE": "gpu",
         "BLENDSERVE_LEASE_SECONDS": str(LEASE_SECONDS),
     }
