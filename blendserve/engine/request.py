@@ -148,6 +148,11 @@ class Request:
         expected = int(expected_output_tokens(generated, np.array([max(self.estimated_output_tokens, 1)]))[0])
         return max(min(expected, self.max_tokens) - len(self.output_token_ids), 1)
 
+    @property
+    def footprint_tokens(self) -> float:
+        """KV cache tokens that it alone would hold on average, from its admission to its end."""
+        return self.num_tokens + self.remaining_output_tokens / 2
+
     def token_slice(self, start: int, end: int) -> NDArray[np.int32]:
         """Token ids [start, end) of prompt and earlier output together."""
         num_prompt = len(self.prompt_token_ids)

@@ -216,6 +216,7 @@ class Scheduler:
         if self.num_waiting == 0 or not self.running.has_free_row:
             return
         forecast = self._forecast()
+        self._waiting.begin_step(self._capacity_tokens)
         while self.running.has_free_row and batch.num_tokens < self._max_num_batched_tokens:
             if not self._admit_one(batch, forecast):
                 return
