@@ -5,7 +5,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# Modules are compiled when they are first imported: most of what is installed never is.
+# Modules are compiled when they are first imported, as most of what is installed never is, and then kept: without that
+# each of the many processes that the tests and Airflow start would compile torch or Airflow anew.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 OUT ?= out
 
