@@ -95,6 +95,11 @@ class ShardAttempt:
         return self._num_done == self._num_requests
 
     @property
+    def is_half_through(self) -> bool:
+        """Whether at least half of what was left to run is finished."""
+        return 2 * (self._num_done - self._num_resumed) >= self.reader.num_requests
+
+    @property
     def is_lost(self) -> bool:
         """Whether another process was seen to have taken over."""
         return self._folder.is_lost

@@ -93,6 +93,9 @@ class ShardRunner:
             raise Interrupted(f"{states} They are written; run again to go on.")
 
     def _next_source(self, orders: Orders) -> Callable[[Sequence[Request]], ShardReader | None] | None:
+        """What opens the next shard. A GPU that holds a whole small shard at one time leaves others to other GPUs."""
+        if not all(attempt.is_half_through for attempt in self._open):
+            return None
         shard = orders.poll()
         return None if shard is None else partial(self._open_source, shard)
 

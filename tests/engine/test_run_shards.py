@@ -18,7 +18,7 @@ import pytest
 
 from blendserve import lease
 from blendserve.engine import run_shard as module
-from blendserve.engine import shard_folder
+from blendserve.engine import shard_attempt, shard_folder
 from blendserve.engine.engine import LLMEngine
 from blendserve.engine.request import Completion, Request
 from blendserve.engine.run_shard import GivenOrders, Progress, main, run_shard
@@ -172,6 +172,29 @@ def test_a_shard_begins_beside_the_last_long_output_of_the_one_before(llama: Pat
         assert sum(steps["num_cached_tokens"]) == manifest.num_cached_tokens
         assert manifest.num_succeeded == NUM_REQUESTS
     assert sum(manifest.num_steps for manifest in done) == alone[0].num_steps, "the others ran beside it"
+
+
+def test_no_shard_is_asked_for_before_half_of_one_is_through(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All requests of a shard run at one time; the next one is left to whoever has less to do."""
+    monkeypatch.setattr(shard_attempt, "_PROGRESS_SECONDS", 0.0)
+    requests = requests_of(0, NUM_REQUESTS, has_long=True)
+    for request in requests[1:]:
+        request["max_tokens"] = 2 + request["row_index"]
+    plan_dir = write_shards(tmp_path / "plan", llama, [requests, *equal_shards(2, NUM_REQUESTS)[1:]])
+    told: list[Progress] = []
+    done_at_first_poll: list[int] = []
+
+    class Orders(GivenOrders):
+        def poll(self) -> int | None:
+            done_at_first_poll.append(told[-1].done)
+            return super().poll()
+
+    orders = Orders([0, 1])
+    runner_of(plan_dir, lambda _: None, on_progress=told.append).run(orders)
+    assert done_at_first_poll[0] == NUM_REQUESTS // 2
+    assert len(results(plan_dir)) == 2 * NUM_REQUESTS
 
 
 def add_learning(plan_dir: Path) -> None:
