@@ -21,6 +21,9 @@ MIN_SAMPLES: Final = 4  # a class with fewer observed requests takes the figures
 _MAX_EXTRAPOLATION = 16.0
 _FIRST_STEPS = 64
 _REVISED_SHARE = 0.125  # of the steps so far until the next revision
+# Of the tokens that requests are expected to go on for, what counts when the peak of memory is foretold. Learnt lengths
+# are means: requests that all seem to end at one time will end one after the other.
+LEARNT_REST_SHARE: Final = 0.5
 _KNOWN = -1  # class of a request whose length needs no learning
 
 

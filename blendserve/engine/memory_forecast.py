@@ -21,16 +21,26 @@ class MemoryForecast:
     """
 
     def __init__(
-        self, running: RunningRequests, *, num_used_tokens: int, capacity_tokens: int, block_size: int
+        self,
+        running: RunningRequests,
+        *,
+        num_used_tokens: int,
+        capacity_tokens: int,
+        block_size: int,
+        rest_share: float = 1.0,
     ) -> None:
-        """num_used_tokens: what running requests hold now, shared prefixes and filled parts of blocks only."""
+        """num_used_tokens: what running requests hold now, shared prefixes and filled parts of blocks only.
+
+        rest_share: of the tokens that requests are expected to go on for, what counts.
+        """
         self._capacity_tokens = capacity_tokens
         self._unfilled_tokens = block_size // 2
         rows = running.active_rows()
         unprefilled = np.maximum(running.prefill_tokens[rows] - running.context_tokens[rows], 0)
         self.unprefilled_tokens = int(unprefilled.sum())
         self._base_tokens = num_used_tokens + self.unprefilled_tokens
-        remaining = running.remaining_output_tokens(rows)
+        self._rest_share = rest_share
+        remaining = np.maximum((running.remaining_output_tokens(rows) * rest_share).astype(np.int64), 1)
         order = np.argsort(remaining)
         # By rising remaining tokens: what each will hold once prefilled and gives back when it finishes.
         self._remaining_tokens = remaining[order]
@@ -62,7 +72,7 @@ class MemoryForecast:
         num_unfinished = np.arange(len(own), 0, -1)
         held = base - freed_before + num_unfinished * (remaining + self._unfilled_tokens)
         room = self._capacity_tokens if room_tokens is None else room_tokens
-        return int(held[remaining <= request.remaining_output_tokens].max()) <= room
+        return int(held[remaining <= self._rest(request)].max()) <= room
 
     def add(self, request: Request, num_cached_tokens: int, num_revived_tokens: int) -> None:
         """Count `request` as running."""
@@ -77,10 +87,13 @@ class MemoryForecast:
         self, request: Request, num_cached_tokens: int, num_revived_tokens: int
     ) -> tuple[int, IntArray, IntArray]:
         """Base, own and remaining tokens with `request` among the others, at its place."""
-        new_tokens, remaining = request.num_tokens - num_cached_tokens, request.remaining_output_tokens
+        new_tokens, remaining = request.num_tokens - num_cached_tokens, self._rest(request)
         place = int(np.searchsorted(self._remaining_tokens, remaining))
         return (
             self._base_tokens + new_tokens + num_revived_tokens,
             np.insert(self._own_tokens, place, new_tokens),
             np.insert(self._remaining_tokens, place, remaining),
         )
+
+    def _rest(self, request: Request) -> int:
+        return max(int(request.remaining_output_tokens * self._rest_share), 1)

@@ -60,10 +60,12 @@ class Pace:
             return 1 << 30
         if costs.token <= 0.0 or costs.kv_token <= 0.0:
             return max(_STEP_TOKENS - num_decodes, 0)
-        self._saved_tokens += max(int(self._rate.prefill_seconds(costs, self._ahead) / costs.token), 0)
+        free_tokens = max(int(costs.weights / self._prompt_token_seconds(costs)) - num_decodes, 0)
+        share = int(self._rate.prefill_seconds(costs, self._ahead) / costs.token)
+        self._saved_tokens += max(share, free_tokens)
         tokens = self._saved_tokens
         if tokens < self._least_tokens:
-            tokens = min(tokens, max(int(costs.weights / costs.token) - num_decodes, 0))
+            tokens = min(tokens, free_tokens)
         self._saved_tokens -= tokens
         return tokens
 
@@ -75,13 +77,17 @@ class Pace:
         )
 
     def _costs(self) -> StepCosts:
+        token = self._compute_seconds / max(self._tokens, 1.0)
         if self._learner is not None:
-            token, kv_token = self._learner.token_seconds
+            kv_token = self._learner.token_seconds[1]
         else:
-            token = self._compute_seconds / max(self._tokens, 1.0)
             kv_token = self._memory_seconds / max(self._kv_reads, 1.0)
         weights = token * _STEP_TOKENS if self._weights_tokens is None else kv_token * self._weights_tokens
         return StepCosts(token, kv_token, weights)
+
+    def _prompt_token_seconds(self, costs: StepCosts) -> float:
+        """What a token of a prompt takes while the weights are read; on average, where the plan doesn't say it."""
+        return costs.token if self._learner is None else self._learner.token_seconds[0]
 
     def _work_ahead(self, running: RunningRequests, costs: StepCosts) -> WorkAhead:
         rows = running.active_rows()

@@ -16,6 +16,7 @@ from blendserve.engine.request import Request
 from blendserve.engine.running import RunningRequests
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
 from blendserve.engine.upcoming import RequestSource, UpcomingRequests
+from blendserve.length_learning import LEARNT_REST_SHARE
 
 
 class Scheduler:
@@ -275,6 +276,7 @@ class Scheduler:
             num_used_tokens=self._kv_cache.num_used_blocks * self._kv_cache.block_size - int(unfilled.sum()),
             capacity_tokens=self._capacity_tokens,
             block_size=self._kv_cache.block_size,
+            rest_share=1.0 if self._upcoming.learner is None else LEARNT_REST_SHARE,
         )
 
     @property

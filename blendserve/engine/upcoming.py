@@ -10,7 +10,7 @@ import numpy as np
 from blendserve.dual_scanner import DualScanner, Front
 from blendserve.engine.request import Request
 from blendserve.engine.running import RunningRequests
-from blendserve.length_learning import LengthLearner, surplus
+from blendserve.length_learning import LEARNT_REST_SHARE, LengthLearner, surplus
 
 _AHEAD = 16  # at each front
 # How many steps a view of what lies ahead may age: where the fronts have moved since, and where they haven't.
@@ -64,7 +64,8 @@ class UpcomingRequests:
         self._read.clear()  # with other estimates
         long = rows[running.is_right(rows) & running.is_decoding[rows]]
         held = running.num_tokens(long) - running.shared_tokens[long]
-        shed: list[int] = long[surplus(held, running.remaining_output_tokens(long), capacity_tokens)].tolist()
+        rest = (running.remaining_output_tokens(long) * LEARNT_REST_SHARE).astype(np.int64)
+        shed: list[int] = long[surplus(held, rest, capacity_tokens)].tolist()
         return shed
 
     def has_moved(self, step: int) -> bool:
