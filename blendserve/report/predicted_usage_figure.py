@@ -59,6 +59,7 @@ def draw_predicted_usage(job: JobFiles) -> Chart:
             figure.add_trace(line, row=row, col=1)
     style(figure, height=190 * len(policies) + 40, hovermode="x unified")
     figure.update_annotations(x=0, xanchor="left", font={"size": 13, "color": INK})
+    figure.update_layout(legend={"x": 1, "xanchor": "right"})  # beside the first panel's name
     figure.update_yaxes(range=[0, 1.05], tickformat=".0%", nticks=4)
     figure.update_xaxes(title_text="seconds", row=len(policies), col=1)
     return Chart.drawn("predicted-usage", _TITLE, _caption(ends), figure)
