@@ -4,7 +4,7 @@
 
 `analyze`, the sample, `make_plan` and the shard files are the job's; the scheduler, its prefix cache and what it learns
 are the engine's. Only the model is missing: a step takes what the simulator says it would, and each request ends after
-its drawn number of tokens. Once with lengths given for every row, once with none.
+its drawn number of tokens. Once with lengths given for every row, once with none, and once depth first.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def replay(reader: ShardReader, outputs: np.ndarray, limit: int, machine) -> tup
         weights_tokens=round(machine.step_seconds / machine.constants.seconds_per_kv_token),
     )
     running, constants = scheduler.running, machine.constants
-    total = dict.fromkeys(("seconds", "compute_seconds", "memory_seconds", "num_steps", "num_preemptions"), 0)
-    total["schedule_seconds"] = 0.0
+    counts = ("num_steps", "num_preemptions", "num_tokens", "num_repeated_tokens")
+    total = dict.fromkeys(("seconds", "compute_seconds", "memory_seconds", "schedule_seconds", *counts), 0)
     completions = []
     lengths = np.minimum(outputs, limit)
     wanted = np.zeros(MAX_NUM_SEQS, np.int64)  # by row of the running requests
@@ -119,6 +119,10 @@ def replay(reader: ShardReader, outputs: np.ndarray, limit: int, machine) -> tup
         total["memory_seconds"] += work.memory
         total["num_steps"] += 1
         total["num_preemptions"] += batch.num_preempted
+        total["num_tokens"] += tokens
+        total["num_repeated_tokens"] += sum(
+            chunk.num_tokens for chunk in batch.prefills if chunk.request.num_preemptions
+        )
         rows = batch.sampled_rows[running.serials[batch.sampled_rows] == batch.sampled_serials]
         running.record(rows, np.ones(len(rows), dtype=np.int32))
         for row in rows[serials[rows] != running.serials[rows]].tolist():
@@ -153,12 +157,19 @@ def write_completions(folder: JobFolder, completions: list[Completion]) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=COMPLETIONS), path)
 
 
-def run_job(root: Path, parts: list, machine, *, is_known: bool, shards: int | None) -> dict:
+def run_job(root: Path, parts: list, machine, *, is_known: bool, policy: str, shards: int | None) -> dict:
     folder, model = JobFolder(root / "job"), root / "model"
     model.mkdir(parents=True)
     (model / "config.json").write_text(json.dumps(CONFIG))
     outputs = write_tokenized(folder, parts, is_known)
-    spec = JobSpec(input="x", output=str(folder.root), hardware=HARDWARE, shards=shards, max_tokens=MAX_TOKENS)
+    spec = JobSpec(
+        input="x",
+        output=str(folder.root),
+        hardware=HARDWARE,
+        policy=policy,
+        shards=shards,
+        max_tokens=MAX_TOKENS,
+    )
     analyze(folder, dedupe=False)
     runs = {}
     if not is_known and write_sample_plan(folder, spec, model):
@@ -168,10 +179,14 @@ def run_job(root: Path, parts: list, machine, *, is_known: bool, shards: int | N
             ShardReader(file, seed=0, is_two_ended=False, done_rows=()), outputs, limit, machine
         )
         write_completions(folder, done)
-    for shard in make_plan(folder, spec, model).shards:
-        reader = ShardReader(folder.plan / shard.file, seed=0, is_two_ended=True, done_rows=())
+    plan = make_plan(folder, spec, model)
+    for shard in plan.shards:
+        reader = ShardReader(folder.plan / shard.file, seed=0, is_two_ended=plan.is_two_ended, done_rows=())
         runs[f"shard {shard.shard}"], _ = replay(reader, outputs, MAX_TOKENS, machine)
-    return {"seconds": sum(run["seconds"] for run in runs.values()), "runs": runs}
+    seconds, num_tokens, num_repeated = (
+        sum(run[name] for run in runs.values()) for name in ("seconds", "num_tokens", "num_repeated_tokens")
+    )
+    return {"seconds": seconds, "repeated_share": num_repeated / num_tokens, "runs": runs}
 
 
 def main() -> None:
@@ -190,12 +205,20 @@ def main() -> None:
             if arguments.placement == "shuffled":
                 parts = [in_one_part(parts)]
             jobs = {
-                name: run_job(Path(folder) / name, parts, machine, is_known=name == "known", shards=arguments.shards)
-                for name in ("known", "learnt")
+                name: run_job(
+                    Path(folder) / name,
+                    parts,
+                    machine,
+                    is_known=name != "learnt",
+                    policy="dfs" if name == "dfs" else "blend",
+                    shards=arguments.shards,
+                )
+                for name in ("known", "learnt", "dfs")
             }
         ratio = jobs["learnt"]["seconds"] / jobs["known"]["seconds"]
         result["rows"].append({"workload": workload, "learnt_over_known": ratio, **jobs})
-        print(workload, round(ratio, 4), {name: round(job["seconds"]) for name, job in jobs.items()}, flush=True)
+        shown = {name: (round(job["seconds"], 1), round(job["repeated_share"], 5)) for name, job in jobs.items()}
+        print(workload, round(ratio, 4), "seconds and share of tokens computed again:", shown, flush=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
