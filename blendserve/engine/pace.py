@@ -60,8 +60,12 @@ class Pace:
             return 1 << 30
         if costs.token <= 0.0 or costs.kv_token <= 0.0:
             return max(_STEP_TOKENS - num_decodes, 0)
-        free_tokens = max(int(costs.weights / self._prompt_token_seconds(costs)) - num_decodes, 0)
-        share = int(self._rate.prefill_seconds(costs, self._ahead) / costs.token)
+        prompt_token = self._prompt_token_seconds(costs)
+        free_tokens = max(int(costs.weights / prompt_token) - num_decodes, 0)
+        # Whichever is left more of mustn't idle: more products than the reads cover, or no more.
+        is_compute_scarce = self._ahead.compute_seconds > self._ahead.memory_seconds
+        token = prompt_token if is_compute_scarce else costs.token
+        share = int(self._rate.prefill_seconds(costs, self._ahead) / token)
         self._saved_tokens += max(share, free_tokens)
         tokens = self._saved_tokens
         if tokens < self._least_tokens:
