@@ -74,11 +74,13 @@ def object_store() -> Iterator[dict[str, str]]:
 # These files take longest. They are begun first, so that no worker is left with one of them at the end.
 _LONGEST_FILES = (
     "test_cluster.py",
-    "test_demo.py",
-    "test_run.py",
-    "test_interruption.py",
     "test_runs_without_server.py",
+    "test_demo.py",
+    "test_interruption.py",
+    "test_run.py",
     "test_object_store.py",
+    "test_run_shards.py",
+    "test_random_kills.py",
     "test_scheduler.py",
     "test_wheel.py",
     "test_smollm2.py",

@@ -111,11 +111,11 @@ class AirflowCluster:
     def trigger(self, dag_id: str = "blendserve_batch", **params: Any) -> httpx.Response:
         return self.client.post(f"/api/v2/dags/{dag_id}/dagRuns", json={"logical_date": None, "conf": params})
 
-    def wait_until(self, is_so: Callable[[], bool], seconds: float) -> None:
+    def wait_until(self, is_so: Callable[[], bool], seconds: float, *, every_seconds: float = 0.3) -> None:
         deadline = time.monotonic() + seconds
         while not is_so():
             assert time.monotonic() < deadline, self._last_lines()
-            time.sleep(0.3)
+            time.sleep(every_seconds)
 
     def wait_for_run(self, run_url: str, *states: str, seconds: float = 240.0) -> dict[str, Any]:
         """The run, once it is in one of `states`."""
@@ -125,7 +125,7 @@ class AirflowCluster:
             run.update(self.client.get(run_url).json())
             return run["state"] in states
 
-        self.wait_until(has_come, seconds)
+        self.wait_until(has_come, seconds, every_seconds=1.0)  # each question keeps the server busy
         return run
 
     def stop(self) -> None:

@@ -38,7 +38,7 @@ class LongRun:
 
     def wait_for_progress(self, seconds: float = 150.0) -> None:
         """Until an attempt at the shard that was not interrupted yet has written completions."""
-        self._cluster.wait_until(lambda: self.newest_attempt() > self._interrupted, seconds)
+        self._cluster.wait_until(lambda: self.newest_attempt() > self._interrupted, seconds, every_seconds=0.1)
 
     def note_interruption(self) -> None:
         """The attempt that wrote last will not go on, or not for long."""
