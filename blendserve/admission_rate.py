@@ -68,8 +68,10 @@ class AdmissionRate:
         if density is None:
             density = max(ahead.compute_seconds, 0.0) / max(ahead.memory_seconds, 1e-9)
         memory = ahead.context_tokens * costs.kv_token
-        # No more than lasts until the longest output ends, but for what fits beside the reads anyway.
-        wanted = max(min(density * memory, ahead.compute_seconds / max(ahead.num_steps, 1)), memory)
+        wanted = density * memory
+        if ahead.compute_seconds > ahead.memory_seconds:
+            # No more than lasts until the longest output ends, but for what fits beside the reads anyway.
+            wanted = max(min(wanted, ahead.compute_seconds / max(ahead.num_steps, 1)), memory)
         return max(wanted, costs.weights) - ahead.num_decodes * costs.token
 
     def lacks_memory_work(

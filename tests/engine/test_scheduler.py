@@ -229,7 +229,7 @@ def test_the_left_front_goes_on_while_the_right_one_waits_for_room() -> None:
     assert finished.index(14) >= 6  # short ones ran beside the first long one
 
 
-@pytest.mark.parametrize(("paced_tokens", "expected"), [(None, (3, 2048 - 20)), (1, (92, 20)), (800, (98, 9))])
+@pytest.mark.parametrize(("paced_tokens", "expected"), [(None, (3, 2048 - 20)), (1, (100, 15)), (800, (100, 9))])
 def test_a_paced_left_front_lasts_as_long_as_the_right_ones_decodes(
     paced_tokens: int | None, expected: tuple[int, int]
 ) -> None:
