@@ -153,6 +153,11 @@ class Request:
         """KV cache tokens that it alone would hold on average, from its admission to its end."""
         return self.num_tokens + self.remaining_output_tokens / 2
 
+    @property
+    def full_tokens(self) -> int:
+        """KV cache tokens that it alone would hold at its end."""
+        return self.num_tokens + self.remaining_output_tokens
+
     def token_slice(self, start: int, end: int) -> NDArray[np.int32]:
         """Token ids [start, end) of prompt and earlier output together."""
         num_prompt = len(self.prompt_token_ids)

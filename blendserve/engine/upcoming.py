@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -16,6 +17,7 @@ _AHEAD = 16  # at each front
 # How many steps a view of what lies ahead may age: where the fronts have moved since, and where they haven't.
 _AGE_STEPS = 4
 _MAX_AGE_STEPS = 32
+_FEW = 256  # waiting requests that are all looked at
 
 
 class RequestSource(Protocol):
@@ -41,6 +43,16 @@ class UpcomingRequests:
         self.learner = source.learner
         self._read: dict[int, Request] = {}  # by position
         self._seen_at: tuple[int, int] = (-1, -_AGE_STEPS)  # num_remaining then, step then
+        self._waiting_tokens: int | None = None  # once few are left
+
+    @property
+    def waiting_tokens(self) -> float:
+        """What all that waits will hold at its full length; infinite as long as it is more than a few requests."""
+        if self.scanner.num_remaining > _FEW:
+            return math.inf
+        if self._waiting_tokens is None:
+            self._waiting_tokens = sum(self._at(position).full_tokens for position in self.scanner.remaining.tolist())
+        return self._waiting_tokens
 
     def peek(self, front: Front) -> Request:
         """The next request at `front`, not taken."""
@@ -48,7 +60,11 @@ class UpcomingRequests:
 
     def take(self, front: Front) -> None:
         """Take the request at `front` out of those that wait."""
-        self._read.pop(self.scanner.take(front), None)
+        request = self._read.pop(self.scanner.take(front), None)
+        if request is None or self._waiting_tokens is None:
+            self._waiting_tokens = None
+        else:
+            self._waiting_tokens -= request.full_tokens
 
     def learn(self, step: int, running: RunningRequests, capacity_tokens: int) -> list[int]:
         """Now and then, estimate anew all that waits and all that runs, and put what waits in the order that follows.
@@ -62,6 +78,7 @@ class UpcomingRequests:
         positions = np.array([running.request(row).position for row in rows.tolist()], dtype=np.int64)
         running.expect(rows, learner.revise(positions, running.generated_tokens[rows]))
         self._read.clear()  # with other estimates
+        self._waiting_tokens = None
         long = rows[running.is_right(rows) & running.is_decoding[rows]]
         held = running.num_tokens(long) - running.shared_tokens[long]
         rest = (running.remaining_output_tokens(long) * LEARNT_REST_SHARE).astype(np.int64)

@@ -229,6 +229,19 @@ def test_the_left_front_goes_on_while_the_right_one_waits_for_room() -> None:
     assert finished.index(14) >= 6  # short ones ran beside the first long one
 
 
+@pytest.mark.parametrize(("num_requests", "num_steps", "num_preempted"), [(8, 40, 0), (9, 43, 1), (12, 80, 0)])
+def test_the_last_request_need_not_wait_for_room_that_it_lacks_at_its_end_only(
+    num_requests: int, num_steps: int, num_preempted: int
+) -> None:
+    stated = stated_requests([[number] * 8 for number in range(num_requests)], 40)
+    cache = KVCache(100, BLOCK_SIZE, has_prefix_cache=True)  # 400 tokens: eight requests of 48, twelve are too many
+    source = ListSource(stated, is_two_ended=True)
+    scheduler = Scheduler(source, cache, max_num_seqs=32, max_num_batched_tokens=512, max_model_len=256)
+    batches = run_to_end(scheduler)
+    assert len(batches) == num_steps
+    assert sum(batch.num_preempted for batch in batches) == num_preempted
+
+
 @pytest.mark.parametrize(("paced_tokens", "expected"), [(None, (3, 2048 - 20)), (1, (100, 15)), (800, (100, 9))])
 def test_a_paced_left_front_lasts_as_long_as_the_right_ones_decodes(
     paced_tokens: int | None, expected: tuple[int, int]
