@@ -28,6 +28,7 @@ from blendserve.engine.memory_profile import profile_activation_bytes
 from blendserve.engine.model_runner import LaunchedStep, ModelRunner
 from blendserve.engine.overlap import OverlapPolicy
 from blendserve.engine.request import Completion, Request
+from blendserve.engine.running import RunningRequests
 from blendserve.engine.sampler import Sampler
 from blendserve.engine.scheduled_batch import ScheduledBatch
 from blendserve.engine.scheduler import Scheduler
@@ -177,7 +178,7 @@ class LLMEngine:
         self._completions.clear()
         self._kv_cache.check_integrity(())
 
-    def _make_scheduler(self, source: RequestSource) -> Scheduler:
+    def _make_scheduler(self, source: RequestSource, running: RunningRequests | None = None) -> Scheduler:
         return Scheduler(
             source,
             self._kv_cache,
@@ -185,6 +186,7 @@ class LLMEngine:
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             paced_tokens=self._paced_tokens,
+            running=running,
         )
 
     @property
@@ -198,8 +200,7 @@ class LLMEngine:
         running = self._scheduler.running
         source = open_source([request for request in running.requests if request is not None])
         if source is not None:
-            self._scheduler = self._make_scheduler(source)
-            self._scheduler.running = running
+            self._scheduler = self._make_scheduler(source, running)
             self._num_shrinks = 0
 
     def _launch(self, batch: ScheduledBatch) -> _StepInFlight | None:

@@ -32,17 +32,20 @@ class Scheduler:
         max_model_len: int,
         paced_tokens: int | None = None,
         weights_tokens: int | None = None,
+        running: RunningRequests | None = None,
     ) -> None:
         """paced_tokens: where both overlap, the left front is prefilled at the pace of the running decodes, in steps of
         as many tokens or more, and the right one is admitted while steps lack memory work.
 
         weights_tokens: of KV cache, that take as long to read as the model's weights; None: not known.
+
+        running: what goes on from another source, all of it decoding and no step of it in flight.
         """
         self._upcoming = UpcomingRequests(source)
         self._kv_cache = kv_cache
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
-        self.running = RunningRequests(max_num_seqs)
+        self.running = running or RunningRequests(max_num_seqs)
         self._prefilling: list[int] = []  # rows, in the order of admission
         self._drained: list[tuple[int, int]] = []  # (row, serial): blocks to give back once their last step is planned
         self._pace: Pace | None = None
