@@ -45,6 +45,7 @@ class MemoryForecast:
         # By rising remaining tokens: what each will hold once prefilled and gives back when it finishes.
         self._remaining_tokens = remaining[order]
         self._own_tokens = (running.num_tokens(rows) - running.shared_tokens[rows])[order]
+        self._peaks: tuple[IntArray, IntArray] | None = None  # of these requests, once it is asked for
         footprint, is_right = running.footprint_tokens(rows), running.is_right(rows)
         self.footprint_tokens = {
             Front.LEFT: float(footprint[~is_right].sum()),
@@ -67,33 +68,44 @@ class MemoryForecast:
         What comes after its end isn't its business: otherwise short requests would wait for room that long ones will
         need much later.
         """
-        base, own, remaining = self._beside(request, num_cached_tokens, num_revived_tokens)
-        freed_before = np.cumsum(own) - own
-        num_unfinished = np.arange(len(own), 0, -1)
-        held = base - freed_before + num_unfinished * (remaining + self._unfilled_tokens)
+        base = self._base_tokens + request.num_tokens - num_cached_tokens + num_revived_tokens
+        rest = self._rest(request)
+        if self._peaks is None:
+            self._peaks = _peaks(self._own_tokens, self._remaining_tokens, self._unfilled_tokens)
+        freed_before, highest_before = self._peaks
+        place = int(np.searchsorted(self._remaining_tokens, rest))
+        num_unfinished = len(self._own_tokens) - place + 1
+        at_its_end = num_unfinished * (rest + self._unfilled_tokens) - int(freed_before[place])
         room = self._capacity_tokens if room_tokens is None else room_tokens
-        return int(held[remaining <= self._rest(request)].max()) <= room
+        return base + max(at_its_end, int(highest_before[place])) <= room
 
     def add(self, request: Request, num_cached_tokens: int, num_revived_tokens: int) -> None:
         """Count `request` as running."""
-        new_tokens = request.num_tokens - num_cached_tokens
+        new_tokens, rest = request.num_tokens - num_cached_tokens, self._rest(request)
         self.unprefilled_tokens += request.num_prefill_tokens - request.num_computed_tokens
         self.footprint_tokens[request.front] += new_tokens + request.remaining_output_tokens / 2
-        self._base_tokens, self._own_tokens, self._remaining_tokens = self._beside(
-            request, num_cached_tokens, num_revived_tokens
-        )
-
-    def _beside(
-        self, request: Request, num_cached_tokens: int, num_revived_tokens: int
-    ) -> tuple[int, IntArray, IntArray]:
-        """Base, own and remaining tokens with `request` among the others, at its place."""
-        new_tokens, remaining = request.num_tokens - num_cached_tokens, self._rest(request)
-        place = int(np.searchsorted(self._remaining_tokens, remaining))
-        return (
-            self._base_tokens + new_tokens + num_revived_tokens,
-            np.insert(self._own_tokens, place, new_tokens),
-            np.insert(self._remaining_tokens, place, remaining),
-        )
+        self._base_tokens += new_tokens + num_revived_tokens
+        place = int(np.searchsorted(self._remaining_tokens, rest))
+        self._own_tokens = _inserted(self._own_tokens, place, new_tokens)
+        self._remaining_tokens = _inserted(self._remaining_tokens, place, rest)
+        self._peaks = None
 
     def _rest(self, request: Request) -> int:
         return max(int(request.remaining_output_tokens * self._rest_share), 1)
+
+
+def _peaks(own: IntArray, remaining: IntArray, unfilled_tokens: int) -> tuple[IntArray, IntArray]:
+    """Of m requests by rising remaining tokens, [m + 1] each: what the first k give back when they end, and the most
+    that is held beyond the base at one of these ends, with another request that goes on longer."""
+    freed_before = np.concatenate(([0], np.cumsum(own)))
+    num_unfinished = np.arange(len(own) + 1, 1, -1)
+    held = num_unfinished * (remaining + unfilled_tokens) - freed_before[:-1]
+    highest_before = np.concatenate(([np.iinfo(np.int64).min // 2], np.maximum.accumulate(held)))
+    return freed_before, highest_before
+
+
+def _inserted(values: IntArray, place: int, value: int) -> IntArray:
+    """np.insert, which takes several times as long."""
+    longer = np.empty(len(values) + 1, dtype=values.dtype)
+    longer[:place], longer[place], longer[place + 1 :] = values[:place], value, values[place:]
+    return longer

@@ -143,10 +143,11 @@ class Request:
 
     @property
     def remaining_output_tokens(self) -> int:
-        """Tokens that it is expected to generate when it is admitted, at least one."""
-        generated = np.array([len(self.output_token_ids)])
-        expected = int(expected_output_tokens(generated, np.array([max(self.estimated_output_tokens, 1)]))[0])
-        return max(min(expected, self.max_tokens) - len(self.output_token_ids), 1)
+        """Tokens that it is expected to generate when it is admitted, at least one; see `expected_output_tokens`."""
+        generated, expected = len(self.output_token_ids), max(self.estimated_output_tokens, 1)
+        if generated >= expected:
+            expected <<= (generated // expected).bit_length()
+        return max(min(expected, self.max_tokens) - generated, 1)
 
     @property
     def footprint_tokens(self) -> float:

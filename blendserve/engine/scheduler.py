@@ -18,6 +18,10 @@ from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, Tabl
 from blendserve.engine.upcoming import RequestSource, UpcomingRequests
 from blendserve.length_learning import LEARNT_REST_SHARE
 
+# What the forecast has no room for has none in the next steps either, unless a request ends: each grows by a token and
+# has one less to go. So it is asked again after a few, for what may have changed beside that.
+_REFUSED_STEPS = 8
+
 
 class Scheduler:
     """Continuous batching: chunked prefill, prefix sharing, admission from two fronts, preemption by recompute."""
@@ -54,6 +58,7 @@ class Scheduler:
         self._waiting = AdmissionOrder(self._upcoming, self._pace, max_num_batched_tokens)
         self._prefill_budget = 0  # tokens of prompts that this step may still have
         self._num_steps = 0
+        self._next_admission = 0  # the step before which none is worth a try
         self._is_planned = np.zeros(max_num_seqs, dtype=np.bool_)  # into this step: these can't be preempted
 
     @property
@@ -90,6 +95,7 @@ class Scheduler:
 
     def finish(self, row: int, is_reusable: bool = True) -> Request:
         """Take a request out of its row. `is_reusable`: whether others may share what it has computed."""
+        self._next_admission = 0
         request = self.running.request(row)
         self._kv_cache.release(request)
         if not is_reusable:
@@ -219,14 +225,17 @@ class Scheduler:
         """Admit requests while budget, rows and expected memory last; preempted ones come first."""
         if self.num_waiting == 0 or not self.running.has_free_row:
             return
-        forecast = self._forecast()
         self._waiting.begin_step(self._capacity_tokens)
+        if self._num_steps < self._next_admission:
+            return
+        forecast = self._forecast()
         while self.running.has_free_row and batch.num_tokens < self._max_num_batched_tokens:
             if not self._admit_one(batch, forecast):
                 return
 
     def _admit_one(self, batch: ScheduledBatch, forecast: MemoryForecast) -> bool:
         """Admit the first candidate that fits, or fail one that never will. False when there is none to admit now."""
+        lacks_only_room = self._pace is None
         for candidate in self._waiting.candidates(forecast, self._capacity_tokens, self._prefill_budget):
             request = candidate.request
             reason = self._reason_against(request)
@@ -235,6 +244,7 @@ class Scheduler:
                 batch.failed.append((request, reason))
                 return True
             if self._kv_cache.should_wait(request):
+                lacks_only_room = False
                 continue
             num_cached, num_revived = self._kv_cache.count_cached_tokens(request)
             # With nothing running the whole cache is free, so the request fits whatever the forecast says.
@@ -249,6 +259,8 @@ class Scheduler:
                 self._pace.admit(request, int(self.running.shared_tokens[row]))
             forecast.add(request, num_cached, num_revived)
             return True
+        if lacks_only_room:
+            self._next_admission = self._num_steps + _REFUSED_STEPS
         return False
 
     def _start(self, request: Request) -> int:
