@@ -24,7 +24,7 @@ _REVISED_SHARE = 0.125  # of the steps so far until the next revision
 # Of the tokens that requests are expected to go on for, what counts when the peak of memory is foretold. Learnt lengths
 # are means: requests that all seem to end at one time will end one after the other.
 LEARNT_REST_SHARE: Final = 0.5
-_KNOWN = -1  # class of a request whose length needs no learning
+KNOWN: Final = -1  # class of a request whose length needs no learning
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class ShardLengths:
     @property
     def is_learnable(self) -> bool:
         """Whether there is a request whose length isn't known."""
-        return bool(self.classes.size) and bool((self.classes[:, 0] > _KNOWN).any())
+        return bool(self.classes.size) and bool((self.classes[:, 0] > KNOWN).any())
 
 
 class LengthLearner:
@@ -73,7 +73,7 @@ class LengthLearner:
         num_before, num_requests = len(shard.observed.num_tokens), len(shard.estimated_tokens)
         together = np.concatenate([shard.observed.classes, shard.classes])  # [num_before + num_requests, num_levels]
         self._levels = [np.unique(level, return_inverse=True)[1].reshape(-1) for level in together.T]
-        self._is_learnt = shard.classes[:, 0] > _KNOWN
+        self._is_learnt = shard.classes[:, 0] > KNOWN
         self._lengths = np.concatenate([shard.observed.num_tokens, np.zeros(num_requests)]).astype(np.float64)
         self._is_observed = np.arange(num_before + num_requests) < num_before
         self._is_cut_off = np.concatenate([shard.observed.is_cut_off, np.zeros(num_requests, np.bool_)])

@@ -17,6 +17,7 @@ from blendserve.errors import UsageError
 Policy = Literal["blend", "dfs", "fcfs", "random", "longest"]
 RowErrorPolicy = Literal["continue", "fail"]
 DEFAULT_MODEL = "smollm2"
+CPU_NUM_SEQS, GPU_NUM_SEQS = 64, 1024  # requests that run at one time where the job states no number
 
 
 class _Spec(BaseModel):

@@ -10,7 +10,7 @@ import torch
 
 from blendserve.errors import UsageError
 from blendserve.models.config import ModelConfig
-from blendserve.spec import EngineSpec
+from blendserve.spec import CPU_NUM_SEQS, GPU_NUM_SEQS, EngineSpec
 
 # Of the RAM that is free when the engine starts, or of what its container may have: other processes live there too.
 _CPU_MEMORY_SHARE = 0.25
@@ -51,7 +51,7 @@ def resolve_limits(engine: EngineSpec, device: torch.device) -> EngineLimits:
     deterministic request runs alone and computes its whole prompt.
     """
     is_gpu = device.type == "cuda"
-    block_size, num_seqs, num_tokens = (128, 1024, 8192) if is_gpu else (16, 64, 512)
+    block_size, num_seqs, num_tokens = (128, GPU_NUM_SEQS, 8192) if is_gpu else (16, CPU_NUM_SEQS, 512)
     runs_alone = engine.deterministic and not is_gpu
     return EngineLimits(
         block_size=engine.block_size or block_size,

@@ -19,13 +19,12 @@ from blendserve.dual_scanner import DualScanner
 from blendserve.engine.request import Completion, FinishReason, Request
 from blendserve.engine.sampler import request_seed
 from blendserve.errors import PlanError
-from blendserve.length_learning import LEARNING_KEY, LengthLearner, ObservedLengths, ShardLengths
+from blendserve.length_learning import KNOWN, LEARNING_KEY, LengthLearner, ObservedLengths, ShardLengths
 from blendserve.schemas import SCHEDULED_REQUESTS
 
 # Prompts that are kept in memory: what lies around two fronts, and units from elsewhere in the file where what has been
 # learnt of lengths has put them in another order.
 _MAX_KEPT_TOKENS = 2**25
-_KNOWN = -1  # class of a request whose length needs no learning
 
 
 def max_completion_tokens(path: Path) -> int:
@@ -183,7 +182,7 @@ def _with_guests(shard: ShardLengths, guests: Sequence[Request]) -> ShardLengths
     estimated = np.array([guest.estimated_output_tokens for guest in guests], dtype=np.int64)
     return replace(
         shard,
-        classes=np.concatenate([shard.classes, np.full((num_guests, shard.classes.shape[1]), _KNOWN, dtype=np.int32)]),
+        classes=np.concatenate([shard.classes, np.full((num_guests, shard.classes.shape[1]), KNOWN, dtype=np.int32)]),
         estimated_tokens=np.concatenate([shard.estimated_tokens, estimated]),
         max_tokens=np.concatenate([shard.max_tokens, ones]),
         kv_prompt_tokens=np.concatenate([shard.kv_prompt_tokens, ones]),

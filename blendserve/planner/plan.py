@@ -37,10 +37,9 @@ from blendserve.planner.requests import RequestStates, compute_costs, read_reque
 from blendserve.planner.schedule import PlannedRequests, schedule_requests
 from blendserve.planner.simulate import capacity_tokens
 from blendserve.schemas import OUTPUT_LENGTH_ESTIMATES, PREDICTED_USAGE, REQUEST_COSTS, REQUEST_ORDER
-from blendserve.spec import JobSpec
+from blendserve.spec import CPU_NUM_SEQS, GPU_NUM_SEQS, JobSpec
 
 _BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
-_CPU_NUM_SEQS, _GPU_NUM_SEQS = 64, 1024  # as the engine has them where the job states nothing
 
 
 def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManifest:
@@ -89,7 +88,7 @@ def predictor(spec: JobSpec, shape: ModelShape, hardware: Hardware) -> Callable[
         hardware,
         shape,
         cache_tokens=capacity_tokens(shape, hardware),
-        max_num_seqs=spec.max_num_seqs or (_CPU_NUM_SEQS if hardware.name == "cpu" else _GPU_NUM_SEQS),
+        max_num_seqs=spec.max_num_seqs or (CPU_NUM_SEQS if hardware.name == "cpu" else GPU_NUM_SEQS),
     )
 
 

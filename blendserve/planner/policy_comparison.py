@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from blendserve.job_folder import JobFolder
 from blendserve.planner.database import open_database
 from blendserve.planner.length_history import recall
@@ -43,7 +41,7 @@ def compare_policies(
         requests = PlannedRequests.of_rows(
             states, estimate_lengths(states, spec, recall(database, folder, states)), rows
         )
-        job = SimulatedJob(requests, np.maximum(np.rint(requests.mean_output_tokens), 1).astype(np.int64))
+        job = SimulatedJob.of_estimates(requests)
         costs = partial(compute_costs, database, cost_constants(shape, hardware))
         runs = {}
         for policy in policies:

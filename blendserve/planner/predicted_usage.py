@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from blendserve.planner.performance_model import Hardware, ModelShape
-from blendserve.planner.schedule import CostModel, PlannedRequests, schedule_requests, shared_with_previous
+from blendserve.planner.schedule import CostModel, PlannedRequests, schedule_requests
 from blendserve.planner.simulate import POLICIES, capacity_tokens, simulated_machine
 from blendserve.planner.simulated_job import SimulatedJob
 from blendserve.planner.simulated_run import run_schedule
@@ -37,24 +37,13 @@ def predict_usage(requests: PlannedRequests, shape: ModelShape, hardware: Hardwa
     machine = simulated_machine(shape, hardware, is_overlapped=hardware.interference < 1)
     every = -(-requests.num_requests // _MAX_REQUESTS)
     rows = np.flatnonzero(np.arange(requests.num_requests) // _NEIGHBOURS % every == 0)
-    job = _job_of(requests, rows)
+    job = SimulatedJob.of_estimates(requests.subset(rows))
     tables = []
     for policy in POLICIES:
         schedule = schedule_requests(job.requests, policy=policy, seed=0, num_shards=1, costs=costs)
         (result,) = run_schedule(job, schedule, machine)
         tables.append(_table(policy, result, machine.capacity_tokens, every))
     return pa.concat_tables(tables)
-
-
-def _job_of(requests: PlannedRequests, rows: NDArray[np.int64]) -> SimulatedJob:
-    chosen = PlannedRequests(
-        num_prompt_tokens=requests.num_prompt_tokens[rows],
-        shared_prefix_tokens=shared_with_previous(requests.shared_prefix_tokens, rows),
-        mean_output_tokens=requests.mean_output_tokens[rows],
-        mean_square_output_tokens=requests.mean_square_output_tokens[rows],
-        arrival=requests.arrival[rows],
-    )
-    return SimulatedJob(chosen, np.maximum(np.rint(chosen.mean_output_tokens), 1).astype(np.int64))
 
 
 def _table(policy: Policy, result: SimulationResult, capacity_tokens: int, every: int) -> pa.Table:

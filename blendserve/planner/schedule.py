@@ -59,6 +59,16 @@ class PlannedRequests:
             arrival=states.row_index[rows],
         )
 
+    def subset(self, rows: NDArray[np.int64]) -> PlannedRequests:
+        """Only those at the places `rows` (ascending)."""
+        return PlannedRequests(
+            num_prompt_tokens=self.num_prompt_tokens[rows],
+            shared_prefix_tokens=shared_with_previous(self.shared_prefix_tokens, rows),
+            mean_output_tokens=self.mean_output_tokens[rows],
+            mean_square_output_tokens=self.mean_square_output_tokens[rows],
+            arrival=self.arrival[rows],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blendserve.planner.output_lengths import OutputLengths
 from blendserve.planner.prefix_tree import build_prefix_tree
-from blendserve.planner.schedule import PlannedRequests, shared_with_previous
+from blendserve.planner.schedule import PlannedRequests
 from blendserve.planner.simulation import SimulatedRequests
 
 
@@ -19,6 +19,11 @@ class SimulatedJob:
 
     requests: PlannedRequests
     output_tokens: NDArray[np.int64]
+
+    @classmethod
+    def of_estimates(cls, requests: PlannedRequests) -> SimulatedJob:
+        """Every request as long as it is estimated to be."""
+        return cls(requests, np.maximum(np.rint(requests.mean_output_tokens), 1).astype(np.int64))
 
     @property
     def num_requests(self) -> int:
@@ -45,10 +50,8 @@ class SimulatedJob:
 
     def subset(self, rows: NDArray[np.int64], lengths: OutputLengths) -> PlannedRequests:
         """Only `rows` (ascending) of the job, with `lengths` of the whole job as what the planner knows."""
-        return PlannedRequests(
-            num_prompt_tokens=self.requests.num_prompt_tokens[rows],
-            shared_prefix_tokens=shared_with_previous(self.requests.shared_prefix_tokens, rows),
+        return replace(
+            self.requests.subset(rows),
             mean_output_tokens=lengths.mean[rows],
             mean_square_output_tokens=lengths.mean_square[rows],
-            arrival=self.requests.arrival[rows],
         )
