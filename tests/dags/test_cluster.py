@@ -26,7 +26,7 @@ from tests.dags.long_runs import LongRun, url_of
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine takes its time
 
-NUM_ROWS = 80
+NUM_ROWS = 130
 NUM_KILLS = 3
 
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "out" / "screenshots"

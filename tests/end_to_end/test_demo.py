@@ -1,4 +1,4 @@
-"""Rows of the demo on the demo's model: every completion is what transformers generates greedily in float32."""
+"""The demo's rows on the demo's model: every completion is what transformers generates greedily in float32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from blendserve.models.source import resolve_model
 from blendserve.spec import JobSpec
 from tests.end_to_end.command_line import results
 
-NUM_ROWS = 100  # more than the 64 that a CPU runs at one time, so that some are admitted late
 MIN_SHARED_TOKENS = 16
 NUM_THREADS = len(os.sched_getaffinity(0))
 
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.timeout(900)  # a real model on a CPU
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of the demo's job."""
     folder = tmp_path_factory.mktemp("demo")
-    demo_data.write(folder / "requests.parquet", NUM_ROWS)
+    demo_data.write(folder / "requests.parquet")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", str(NUM_THREADS))
         job.run(JobSpec(input=str(folder / "requests.parquet"), output=str(folder / "job"), id_column="id"))
@@ -83,7 +82,7 @@ def test_every_token_is_the_one_that_transformers_finds_likeliest(demo: Path, mo
         assert eos not in completion[:-1]
         assert completion[-1] == eos or len(completion) == max_tokens
         num_checked += 1
-    assert num_checked >= 0.9 * NUM_ROWS
+    assert num_checked > 200
 
 
 @torch.inference_mode()
@@ -104,7 +103,7 @@ def test_the_text_is_the_decoded_completion(demo: Path) -> None:
 
 def test_the_prefix_was_shared_and_the_plan_says_so(demo: Path) -> None:
     rows = results(demo)
-    assert len(rows) == NUM_ROWS
+    assert len(rows) == demo_data.DEFAULT_ROWS
     classified = [row for row in rows if row["kind"] == "classify"]
     assert sum(row["num_cached_tokens"] for row in classified) > 0.8 * sum(
         row["num_prompt_tokens"] for row in classified
