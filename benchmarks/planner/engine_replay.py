@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,16 +24,24 @@ import pyarrow.parquet as pq
 from mixes import draw_parts
 from provenance import provenance
 
-import blendserve.planner.plan
+from benchmarks.dry_run import DryRun
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.request import Completion, FinishReason
 from blendserve.engine.scheduler import Scheduler
 from blendserve.engine.shard_reader import ShardReader
+from blendserve.hardware_profile import AffineFit, HardwareProfile, ProfiledModel, write_profile
 from blendserve.job_folder import JobFolder
 from blendserve.planner.analyze import analyze
 from blendserve.planner.database import open_database
-from blendserve.planner.performance_model import as_achieved, load_hardware, load_model_shape
-from blendserve.planner.plan import make_plan
+from blendserve.planner.performance_model import (
+    Hardware,
+    ModelShape,
+    cost_constants,
+    load_hardware,
+    load_model_shape,
+    step_floor_seconds,
+)
+from blendserve.planner.plan import make_plan, plan_hardware
 from blendserve.planner.requests import compute_costs
 from blendserve.planner.sample import write_sample_plan
 from blendserve.planner.simulate import simulated_machine
@@ -85,6 +93,29 @@ def write_tokenized(folder: JobFolder, parts: list, hints: bool) -> np.ndarray:
     return outputs
 
 
+def profile_at_peaks(hardware: Hardware, shape: ModelShape) -> HardwareProfile:
+    """What measuring `hardware` would give if all reached its data sheet's peaks, both kinds of work side by side."""
+    constants, floor = cost_constants(shape, hardware), step_floor_seconds(shape, hardware)
+
+    def fit(seconds_per_unit: float, floor_seconds: float = 0.0) -> AffineFit:
+        free_units = floor_seconds / seconds_per_unit
+        return AffineFit(fixed_seconds=floor_seconds, seconds_per_unit=seconds_per_unit, free_units=free_units)
+
+    return HardwareProfile(
+        device=hardware.name,
+        memory_bytes=hardware.memory_bytes,
+        model=ProfiledModel(**asdict(shape)),
+        bytes_per_element=hardware.bytes_per_element,
+        gemm=fit(constants.seconds_per_layer_token, floor),
+        head=fit(constants.seconds_per_sampled_token),
+        prefill_attention=fit(constants.seconds_per_attended_pair),
+        decode_attention=fit(1 / hardware.bytes_per_second),
+        interference=0.0,
+        commit="",
+        measured_at="never: by the data sheet",
+    )
+
+
 def replay(reader: ShardReader, outputs: np.ndarray, limit: int, machine) -> tuple[dict, list[dict]]:
     """Run a shard; returns its figures and its completions."""
     cache = KVCache(machine.capacity_tokens // BLOCK_SIZE, BLOCK_SIZE, True)
@@ -97,17 +128,13 @@ def replay(reader: ShardReader, outputs: np.ndarray, limit: int, machine) -> tup
         paced_tokens=PACED_TOKENS if machine.interference < 1 else None,
         weights_tokens=round(machine.step_seconds / machine.constants.seconds_per_kv_token),
     )
-    running, constants = scheduler.running, machine.constants
+    constants = machine.constants
     counts = ("num_steps", "num_preemptions", "num_tokens", "num_repeated_tokens")
     total = dict.fromkeys(("seconds", "compute_seconds", "memory_seconds", "schedule_seconds", *counts), 0)
     completions = []
     lengths = np.minimum(outputs, limit)
-    wanted = np.zeros(MAX_NUM_SEQS, np.int64)  # by row of the running requests
-    serials = np.zeros(MAX_NUM_SEQS, np.int64)
-    while scheduler.has_unfinished:
-        began = time.perf_counter()
-        batch = scheduler.schedule()
-        total["schedule_seconds"] += time.perf_counter() - began
+    for batch, ended, schedule_seconds in DryRun(scheduler, lambda request: lengths[request.row_index]).steps():
+        total["schedule_seconds"] += schedule_seconds
         tokens = batch.num_prefill_tokens + len(batch.decode_rows)
         pairs = sum(chunk.num_tokens * (chunk.start + chunk.num_tokens / 2) for chunk in batch.prefills)
         compute = (
@@ -125,12 +152,7 @@ def replay(reader: ShardReader, outputs: np.ndarray, limit: int, machine) -> tup
         total["num_repeated_tokens"] += sum(
             chunk.num_tokens for chunk in batch.prefills if chunk.request.num_preemptions
         )
-        rows = batch.sampled_rows[running.serials[batch.sampled_rows] == batch.sampled_serials]
-        running.record(rows, np.ones(len(rows), dtype=np.int32))
-        for row in rows[serials[rows] != running.serials[rows]].tolist():
-            wanted[row], serials[row] = lengths[running.request(row).row_index], running.serials[row]
-        for row in rows[running.known_tokens[rows] >= wanted[rows]].tolist():
-            request = scheduler.finish(row)
+        for request in ended:
             count = len(request.output_token_ids)
             reason = FinishReason.LENGTH if count < outputs[request.row_index] else FinishReason.STOP
             completion = Completion.of(request, reason, "x")
@@ -159,21 +181,8 @@ def write_completions(folder: JobFolder, completions: list[Completion]) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=COMPLETIONS), path)
 
 
-def run_job(
-    root: Path, parts: list, machine, hardware: str, *, is_known: bool, policy: str, shards: int | None
-) -> dict:
-    folder, model = JobFolder(root / "job"), root / "model"
-    model.mkdir(parents=True)
-    (model / "config.json").write_text(json.dumps(CONFIG))
+def run_job(folder: JobFolder, model: Path, spec: JobSpec, parts: list, machine, *, is_known: bool) -> dict:
     outputs = write_tokenized(folder, parts, is_known)
-    spec = JobSpec(
-        input="x",
-        output=str(folder.root),
-        hardware=hardware,
-        policy=policy,
-        shards=shards,
-        max_tokens=MAX_TOKENS,
-    )
     analyze(folder, dedupe=False)
     runs = {}
     if not is_known and write_sample_plan(folder, spec, model):
@@ -193,6 +202,22 @@ def run_job(
     return {"seconds": seconds, "repeated_share": num_repeated / num_tokens, "runs": runs}
 
 
+def replay_workload(root: Path, spec: JobSpec, workload: str, num_requests: int, placement: str) -> dict:
+    """root: the model's folder, in which the jobs are made."""
+    is_overlapped = spec.overlap == "on"
+    machine = simulated_machine(load_model_shape(root), plan_hardware(spec, root), is_overlapped=is_overlapped)
+    jobs = {}
+    with TemporaryDirectory(dir=root) as folder, open_database(Path(folder)) as database:
+        parts = draw_parts(partial(compute_costs, database, machine.constants), workload, num_requests)
+        if placement == "shuffled":
+            parts = [in_one_part(parts)]
+        for name, policy in (("known", "blend"), ("learnt", "blend"), ("dfs", "dfs")):
+            job = JobFolder(Path(folder) / name)
+            job_spec = spec.model_copy(update={"policy": policy})
+            jobs[name] = run_job(job, root, job_spec, parts, machine, is_known=name != "learnt")
+    return {"workload": workload, "learnt_over_known": jobs["learnt"]["seconds"] / jobs["known"]["seconds"], **jobs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--requests", type=int, default=10_000)
@@ -203,35 +228,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     result = {**provenance(), "rows": []}
-    shape, is_overlapped = load_model_shape("llama-3.1-8b"), arguments.overlap == "on"
-    hardware = "a100-80gb" if is_overlapped else "h100"
-    if is_overlapped:  # as in the paper: the data sheet's peaks, which the plan has to expect too then
-        blendserve.planner.plan.as_achieved = lambda hardware, _: hardware
-        machine = simulated_machine(shape, load_hardware(hardware), is_overlapped=True)
-    else:
-        machine = simulated_machine(shape, as_achieved(load_hardware(hardware), shape), is_overlapped=False)
-    for workload in arguments.workloads.split(","):
-        with TemporaryDirectory() as folder, open_database(Path(folder)) as database:
-            parts = draw_parts(partial(compute_costs, database, machine.constants), workload, arguments.requests)
-            if arguments.placement == "shuffled":
-                parts = [in_one_part(parts)]
-            jobs = {
-                name: run_job(
-                    Path(folder) / name,
-                    parts,
-                    machine,
-                    hardware,
-                    is_known=name != "learnt",
-                    policy="dfs" if name == "dfs" else "blend",
-                    shards=arguments.shards,
-                )
-                for name in ("known", "learnt", "dfs")
-            }
-        ratio = jobs["learnt"]["seconds"] / jobs["known"]["seconds"]
-        result["rows"].append({"workload": workload, "learnt_over_known": ratio, **jobs})
-        shown = {name: (round(job["seconds"], 1), round(job["repeated_share"], 5)) for name, job in jobs.items()}
-        print(workload, round(ratio, 4), "seconds and share of tokens computed again:", shown, flush=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    with TemporaryDirectory() as folder:
+        root, hardware = Path(folder), "h100"
+        (root / "config.json").write_text(json.dumps(CONFIG))
+        if arguments.overlap == "on":  # as in the paper
+            hardware = str(root / "peaks.json")
+            write_profile(Path(hardware), profile_at_peaks(load_hardware("a100-80gb"), load_model_shape(root)))
+        options = {"hardware": hardware, "overlap": arguments.overlap, "shards": arguments.shards}
+        spec = JobSpec(input="requests", output="job", max_tokens=MAX_TOKENS, **options)
+        for workload in arguments.workloads.split(","):
+            row = replay_workload(root, spec, workload, arguments.requests, arguments.placement)
+            result["rows"].append(row)
+            jobs = {name: row[name] for name in ("known", "learnt", "dfs")}
+            shown = {name: (round(job["seconds"], 1), round(job["repeated_share"], 5)) for name, job in jobs.items()}
+            ratio = round(row["learnt_over_known"], 4)
+            print(workload, ratio, "seconds and share of tokens computed again:", shown, flush=True)
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

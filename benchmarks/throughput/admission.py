@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.dry_run import DryRun
 from blendserve.dual_scanner import DualScanner
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.request import Request
@@ -74,15 +76,7 @@ def measure(source: Source, paced_tokens: int | None) -> dict[str, float]:
         max_model_len=32_768,
         paced_tokens=paced_tokens,
     )
-    running, steps = scheduler.running, []
-    for _ in range(NUM_STEPS):
-        started = time.thread_time()
-        batch = scheduler.schedule()
-        steps.append(time.thread_time() - started)
-        rows = batch.sampled_rows[running.serials[batch.sampled_rows] == batch.sampled_serials]
-        running.record(rows, np.ones(len(rows), dtype=np.int32))
-        for row in rows[running.known_tokens[rows] >= running.max_tokens[rows]].tolist():
-            scheduler.finish(row)
+    steps = [step.schedule_seconds for step in islice(DryRun(scheduler).steps(), NUM_STEPS)]
     seconds, admitted, num_running = (
         np.array(values)[NUM_STEPS // 2 :] for values in zip(*scheduler.admissions, strict=True)
     )

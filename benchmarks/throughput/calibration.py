@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ordered_requests import OrderedRequests, read_ordered_requests
 from run import LIMITS
 
+from benchmarks.dry_run import DryRun
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.profiler import fit_steps
 from blendserve.engine.scheduler import Scheduler
@@ -57,18 +58,13 @@ def replay_seconds(requests: OrderedRequests, machine: SimulatedMachine) -> floa
     """What a run of the requests takes on the machine."""
     cache = KVCache(machine.capacity_tokens // BLOCK_SIZE, BLOCK_SIZE, True)
     scheduler = Scheduler(Source(requests), cache, **LIMITS)
-    running, constants, seconds = scheduler.running, machine.constants, 0.0
-    while scheduler.has_unfinished:
-        batch = scheduler.schedule()
+    constants, seconds = machine.constants, 0.0
+    for batch, *_ in DryRun(scheduler).steps():
         tokens = batch.num_prefill_tokens + len(batch.decode_rows)
         compute = (
             tokens * constants.seconds_per_layer_token + len(batch.decode_rows) * constants.seconds_per_sampled_token
         )
         seconds += machine.step(compute, int(batch.decode_positions.sum()) + len(batch.decode_rows)).seconds
-        rows = batch.sampled_rows[running.serials[batch.sampled_rows] == batch.sampled_serials]
-        running.record(rows, np.ones(len(rows), dtype=np.int32))
-        for row in rows[running.known_tokens[rows] >= running.max_tokens[rows]].tolist():
-            scheduler.finish(row)
     return seconds
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.dry_run import DryRun
 from blendserve.dual_scanner import DualScanner
 from blendserve.engine.kv_cache import KVCache
-from blendserve.engine.request import Request
 from blendserve.engine.scheduled_batch import ScheduledBatch
 from blendserve.engine.scheduler import Scheduler
 from tests.engine.engine_runs import ListSource, stated_requests
@@ -58,14 +58,6 @@ class RememberedSlots:
         return self._tables[row][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
 
 
-def take_tokens(scheduler: Scheduler, batch: ScheduledBatch) -> list[Request]:
-    """What the engine does when a step's tokens are known: each is 1. Returns the finished requests."""
-    running = scheduler.running
-    rows = batch.sampled_rows[running.serials[batch.sampled_rows] == batch.sampled_serials]
-    running.record(rows, np.ones(len(rows), dtype=np.int32))
-    return [scheduler.finish(row) for row in rows[running.known_tokens[rows] >= running.max_tokens[rows]].tolist()]
-
-
 REQUESTS = st.lists(
     st.tuples(st.lists(st.integers(0, 1), max_size=30), st.integers(1, 20), st.integers(1, 20)), max_size=14
 )
@@ -107,7 +99,7 @@ def test_every_request_runs_once_and_sees_its_own_past(
         paced_tokens=pace[0],
         weights_tokens=pace[1],
     )
-    slots, num_steps = RememberedSlots(max_num_seqs), 0
+    slots, run, num_steps = RememberedSlots(max_num_seqs), DryRun(scheduler), 0
     ended: list[tuple[int, str]] = []
     in_flight: list[ScheduledBatch] = []
     while scheduler.has_unfinished:
@@ -120,7 +112,7 @@ def test_every_request_runs_once_and_sees_its_own_past(
         ended += [(request.row_index, "failed") for request, _ in batch.failed]
         in_flight.append(batch)
         while len(in_flight) > lag or (in_flight and batch.num_tokens == 0):
-            ended += [(request.row_index, "done") for request in take_tokens(scheduler, in_flight.pop(0))]
+            ended += [(request.row_index, "done") for request in run.take_tokens(in_flight.pop(0))]
         assert num_steps < 5000
     fits = {row for row, (prompt, tokens, _) in enumerate(requests) if _fits(prompt, tokens, num_blocks)}
     assert sorted(row for row, _ in ended) == list(range(len(requests)))
@@ -135,11 +127,7 @@ def _fits(prompt: list[int], max_tokens: int, num_blocks: int) -> bool:
 
 
 def run_to_end(scheduler: Scheduler) -> list[ScheduledBatch]:
-    batches = []
-    while scheduler.has_unfinished:
-        batches.append(scheduler.schedule())
-        take_tokens(scheduler, batches[-1])
-    return batches
+    return [step.batch for step in DryRun(scheduler).steps()]
 
 
 def make_scheduler(prompts: list[list[int]], max_tokens: int = 3, **settings: Any) -> Scheduler:
@@ -203,10 +191,9 @@ def test_a_wrong_estimate_preempts_the_latest_admitted() -> None:
     scheduler = make_scheduler(prompts, max_tokens=24, num_blocks=16, estimated_output_tokens=1)
     finished: list[int] = []
     num_preempted = 0
-    while scheduler.has_unfinished:
-        batch = scheduler.schedule()
-        num_preempted += batch.num_preempted
-        finished += [request.row_index for request in take_tokens(scheduler, batch)]
+    for step in DryRun(scheduler).steps():
+        num_preempted += step.batch.num_preempted
+        finished += [request.row_index for request in step.ended]
     assert num_preempted > 0
     assert finished == [0, 1, 2, 3]
 
@@ -221,10 +208,9 @@ def test_the_left_front_goes_on_while_the_right_one_waits_for_room() -> None:
         ListSource(stated, is_two_ended=True), cache, max_num_seqs=16, max_num_batched_tokens=16, max_model_len=256
     )
     finished: list[int] = []
-    while scheduler.has_unfinished:
-        batch = scheduler.schedule()
-        assert batch.num_preempted == 0
-        finished += [request.row_index for request in take_tokens(scheduler, batch)]
+    for step in DryRun(scheduler).steps():
+        assert step.batch.num_preempted == 0
+        finished += [request.row_index for request in step.ended]
     assert finished.index(14) < finished.index(13) < finished.index(12)  # the long ones, from the right end
     assert finished.index(14) >= 6  # short ones ran beside the first long one
 

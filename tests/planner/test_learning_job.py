@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.dry_run import DryRun
 from blendserve.dual_scanner import Front
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.request import Completion, FinishReason
@@ -105,18 +106,12 @@ def test_the_scheduler_finishes_all_while_it_learns(tmp_path, monkeypatch):
     cache = KVCache(100, 4, True)
     scheduler = Scheduler(reader, cache, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=256)
     ended: list[int] = []
-    while scheduler.has_unfinished:
-        batch = scheduler.schedule()
-        assert not batch.failed
-        running = scheduler.running
-        rows = batch.sampled_rows[running.serials[batch.sampled_rows] == batch.sampled_serials]
-        running.record(rows, np.ones(len(rows), dtype=np.int32))
-        for row in rows.tolist():
-            if running.known_tokens[row] >= output_tokens(running.request(row).row_index):
-                request = scheduler.finish(row)
-                ended.append(request.row_index)
-                reader.finish(Completion.of(request, FinishReason.STOP, "x"))
-        cache.check_integrity(request for request in running.requests if request is not None)
+    for step in DryRun(scheduler, lambda request: output_tokens(request.row_index)).steps():
+        assert not step.batch.failed
+        for request in step.ended:
+            ended.append(request.row_index)
+            reader.finish(Completion.of(request, FinishReason.STOP, "x"))
+        cache.check_integrity(request for request in scheduler.running.requests if request is not None)
     assert sorted(ended) == sorted(reader.row_indices.tolist())
     assert cache.num_used_blocks == 0
 
