@@ -34,6 +34,11 @@ class AffineFit(_Profile):
     seconds_per_unit: float = Field(gt=0, allow_inf_nan=False)
     free_units: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
+    @property
+    def floor_seconds(self) -> float:
+        """The least that the work itself takes: that of the free units, or all that is fixed where none are free."""
+        return self.free_units * self.seconds_per_unit or self.fixed_seconds
+
 
 class ProfiledModel(_Profile):
     """The sizes that the measurements hold for; names as in `ModelShape`."""

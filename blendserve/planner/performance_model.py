@@ -11,7 +11,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from blendserve.errors import ModelError, UsageError
 from blendserve.hardware_profile import PROFILES, HardwareProfile, load_profile
@@ -48,11 +48,12 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One device (or several that act as one): peak rates and memory. `bytes_per_element` of weights and KV cache.
+    """One device (or several that act as one): its rates and memory. `bytes_per_element` of weights and KV cache.
 
+    basis: whether its figures are a data sheet's peaks, what the engine gets out of these, or those of its `profile`.
     interference: how much of the shorter of compute and memory time a step adds to the longer one, 1 without overlap.
     overhead_seconds: what a step takes beside its products and its reads, whatever it holds.
-    profile: what was measured on the device; its figures then go before the peak rates. `warnings` are for the plan.
+    profile: what was measured on it, which goes before the rates. `warnings` are for the plan.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Hardware:
     bytes_per_second: float
     memory_bytes: float
     bytes_per_element: int
+    basis: Literal["data_sheet", "achieved", "measured"] = "data_sheet"
     interference: float = 1.0
     overhead_seconds: float = 0.0
     profile: HardwareProfile | None = None
@@ -84,8 +86,7 @@ class Hardware:
 def step_floor_seconds(model: ModelShape, hardware: Hardware) -> float:
     """The least that a step's products take: all layers' weights are read once."""
     if hardware.profile is not None:
-        gemm = hardware.profile.gemm
-        return gemm.free_units * gemm.seconds_per_unit or gemm.fixed_seconds
+        return hardware.profile.gemm.floor_seconds
     return model.layer_parameters * hardware.bytes_per_element / hardware.bytes_per_second
 
 
@@ -93,10 +94,7 @@ def step_overhead_seconds(hardware: Hardware) -> float:
     """What a step takes beside its products and its reads, whatever it holds; 0 by the data sheet."""
     if hardware.profile is None:
         return hardware.overhead_seconds
-    if not hardware.profile.gemm.free_units:
-        return 0.0
-    gemm = hardware.profile.gemm
-    return max(gemm.fixed_seconds - gemm.free_units * gemm.seconds_per_unit, 0.0)
+    return max(hardware.profile.gemm.fixed_seconds - hardware.profile.gemm.floor_seconds, 0.0)
 
 
 def tokens_within_a_step(model: ModelShape, hardware: Hardware) -> float:
@@ -225,7 +223,7 @@ def load_hardware(name: str, *, device: str = "auto", model: ModelShape | None =
 
 def as_achieved(hardware: Hardware, model: ModelShape) -> Hardware:
     """`hardware` by what the engine gets out of a GPU instead of its peak rates; as it is where that was measured."""
-    if hardware.profile is not None or hardware.name.endswith("cpu"):
+    if hardware.basis != "data_sheet" or hardware.name.endswith("cpu"):
         return hardware
     warnings = hardware.warnings
     if not hardware.name.endswith("h100"):
@@ -237,6 +235,7 @@ def as_achieved(hardware: Hardware, model: ModelShape) -> Hardware:
         hardware,
         flops_per_second=_ACHIEVED_FLOPS * hardware.flops_per_second,
         bytes_per_second=_ACHIEVED_BANDWIDTH * hardware.bytes_per_second,
+        basis="achieved",
         interference=_ACHIEVED_INTERFERENCE,
         overhead_seconds=_LAYER_OVERHEAD_SECONDS * model.num_layers,
         warnings=warnings,
@@ -261,6 +260,7 @@ def _profiled_hardware(profile: HardwareProfile, model: ModelShape | None) -> Ha
         name=f"{profile.device} (measured)",
         memory_bytes=profile.memory_bytes,
         bytes_per_element=profile.bytes_per_element,
+        basis="measured",
         interference=profile.interference,
         profile=profile,
     )

@@ -119,9 +119,8 @@ def capacity_tokens(shape: ModelShape, device: Hardware) -> int:
 
 
 def _interference(device: Hardware) -> float:
-    """As measured; by the data sheet the overlap is taken to be perfect."""
-    is_data_sheet = device.profile is None and not device.overhead_seconds
-    return 0.0 if is_data_sheet else device.interference
+    """As measured or achieved; by the data sheet the overlap is taken to be perfect."""
+    return 0.0 if device.basis == "data_sheet" else device.interference
 
 
 def read_job(path: Path, folder: Path) -> SimulatedJob:

@@ -10,7 +10,7 @@ import pytest
 from blendserve.errors import UsageError
 from blendserve.hardware_profile import AffineFit, HardwareProfile, ProfiledModel, load_profile, write_profile
 from blendserve.planner import performance_model
-from blendserve.planner.performance_model import BUILT_IN_MODELS, cost_constants, load_hardware
+from blendserve.planner.performance_model import BUILT_IN_MODELS, as_achieved, cost_constants, load_hardware
 from blendserve.planner.simulate import simulated_machine
 
 LLAMA = BUILT_IN_MODELS["llama-3.1-8b"]
@@ -74,6 +74,8 @@ def test_measured_figures_go_before_the_data_sheet(tmp_path, see_gpu):
     see_gpu(None)
     write_profile(tmp_path / "p.json", make_profile())
     hardware = load_hardware(str(tmp_path / "p.json"), model=LLAMA)
+    assert hardware.basis == "measured"
+    assert as_achieved(hardware, LLAMA) == hardware
     constants = cost_constants(LLAMA, hardware)
     assert constants.seconds_per_layer_token == 2.2e-5
     assert constants.seconds_per_kv_token == pytest.approx(131_072 / 2.9e12)

@@ -128,6 +128,8 @@ def test_a_plan_takes_a_gpu_by_what_the_engine_gets_out_of_it(name):
     step = machine.step(compute, kv_tokens).seconds
     assert step == pytest.approx(0.00288 + compute + kv_tokens * machine.constants.seconds_per_kv_token)
     assert step > 1.3 * (compute * 0.65 + kv_tokens * peak.constants.seconds_per_kv_token)
+    assert (sheet.basis, achieved.basis) == ("data_sheet", "achieved")
+    assert as_achieved(achieved, LLAMA) == achieved
     assert (peak.interference, machine.interference) == (0.0, 1.0)
     assert simulated_machine(LLAMA, achieved, is_overlapped=True).interference == 0.9
     assert any("No profile of a100" in text for text in achieved.warnings) == (name == "a100-80gb")
