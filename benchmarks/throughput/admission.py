@@ -75,6 +75,7 @@ def measure(source: Source, paced_tokens: int | None) -> dict[str, float]:
         max_num_batched_tokens=8192,
         max_model_len=32_768,
         paced_tokens=paced_tokens,
+        weights_tokens=capacity // 2,  # so that a paced step wants all of the long ones
     )
     steps = [step.schedule_seconds for step in islice(DryRun(scheduler).steps(), NUM_STEPS)]
     seconds, admitted, num_running = (

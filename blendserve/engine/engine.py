@@ -186,6 +186,7 @@ class LLMEngine:
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             paced_tokens=self._paced_tokens,
+            weights_tokens=self.config.layer_parameters // self.config.kv_elements_per_token,
             running=running,
         )
 

@@ -14,7 +14,7 @@ from blendserve.engine.request import Request
 from blendserve.engine.running import RunningRequests
 from blendserve.length_learning import LengthLearner
 
-# What a step is taken to have room for while it reads the weights, where their size isn't known.
+# What a step is taken to have room for where nothing has been admitted yet that says what a token costs.
 _STEP_TOKENS = 512
 
 
@@ -22,7 +22,7 @@ class Pace:
     """Follows the admitted requests of one shard, and gives each step its share of either front's work."""
 
     def __init__(
-        self, scanner: DualScanner, learner: LengthLearner | None, *, least_tokens: int, weights_tokens: int | None
+        self, scanner: DualScanner, learner: LengthLearner | None, *, least_tokens: int, weights_tokens: int
     ) -> None:
         """least_tokens: shares beyond what costs nothing are saved up until they are as many, since fewer don't pay
         beside decodes.
@@ -86,8 +86,7 @@ class Pace:
             kv_token = self._learner.token_seconds[1]
         else:
             kv_token = self._memory_seconds / max(self._kv_reads, 1.0)
-        weights = token * _STEP_TOKENS if self._weights_tokens is None else kv_token * self._weights_tokens
-        return StepCosts(token, kv_token, weights)
+        return StepCosts(token, kv_token, weights=kv_token * self._weights_tokens)
 
     def _prompt_token_seconds(self, costs: StepCosts) -> float:
         """What a token of a prompt takes while the weights are read; on average, where the plan doesn't say it."""

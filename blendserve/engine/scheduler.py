@@ -35,13 +35,14 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         paced_tokens: int | None = None,
-        weights_tokens: int | None = None,
+        weights_tokens: int = 0,
         running: RunningRequests | None = None,
     ) -> None:
         """paced_tokens: where both overlap, the left front is prefilled at the pace of the running decodes, in steps of
         as many tokens or more, and the right one is admitted while steps lack memory work.
 
-        weights_tokens: of KV cache, that take as long to read as the model's weights; None: not known.
+        weights_tokens: of KV cache, that take as long to read as the model's weights: a paced step has room for prompts
+        meanwhile.
 
         running: what goes on from another source, all of it decoding and no step of it in flight.
         """

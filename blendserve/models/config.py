@@ -52,6 +52,12 @@ class ModelConfig:
         """Numbers that one token adds to the KV cache: K and V of all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of all layers' projections and MLPs, which a step reads however few tokens it holds."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
         """Read config.json and, for the end-of-text tokens, generation_config.json.
