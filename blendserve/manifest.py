@@ -37,7 +37,11 @@ class ShardPlan(FrozenManifest):
 
 
 class StepCosts(FrozenManifest):
-    """What the work of a step takes on the plan's hardware, in seconds: so that metrics say how well it was used."""
+    """What the work of a step takes on the plan's hardware, in seconds: so that metrics say how well it was used.
+
+    They are in every plan, in the units of the metrics. A shard file whose output lengths are learnt has the planner's
+    own as well, for the requests' estimates, since its reader knows no plan and no model.
+    """
 
     seconds_per_token: float  # through all layers' products
     seconds_per_sampled_token: float  # through the output head
