@@ -22,7 +22,7 @@ from blendserve.planner.performance_model import load_hardware, load_model_shape
 from blendserve.planner.requests import compute_costs
 from blendserve.planner.schedule import schedule_requests
 from blendserve.planner.simulate import simulated_machine
-from blendserve.planner.simulated_run import _shard
+from blendserve.planner.simulated_run import shard_of
 from blendserve.planner.simulator import Simulator
 from blendserve.planner.workload import RequestLengths
 
@@ -66,7 +66,7 @@ def main() -> None:
     with TemporaryDirectory() as folder, open_database(Path(folder)) as database:
         costs = partial(compute_costs, database, constants)
         schedule = schedule_requests(job.requests, policy="blend", seed=0, num_shards=1, costs=costs)
-    shard = _shard(schedule, 0, np.arange(job.num_requests), job, job.lengths)
+    shard = shard_of(schedule, 0, np.arange(job.num_requests), job, job.lengths)
     simulator = TimedSimulator(job.simulated_requests(), machine, shard)
     simulator.run()
     is_busy = np.array(simulator.num_running) >= NUM_RUNNING

@@ -11,7 +11,7 @@ from blendserve.planner.workload import RequestLengths
 PLACEMENTS = ("clustered", "natural", "shuffled")
 
 
-def job_of(parts: list[RequestLengths], *, placement: str = "clustered", seed: int = 0) -> SimulatedJob:
+def job_of(parts: list[RequestLengths], *, placement: str = "clustered") -> SimulatedJob:
     """What sorting the parts by their prompts gives.
 
     clustered: each part's prompts begin with a token of its own, as tasks do that have a template each, and stand
@@ -19,7 +19,7 @@ def job_of(parts: list[RequestLengths], *, placement: str = "clustered", seed: i
     questions"), the free texts of the others are shuffled among each other. shuffled: the prefix groups and the single
     prompts of all parts are.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     prompt = np.concatenate([part.prompt_tokens for part in parts])
     output = np.concatenate([part.output_tokens for part in parts])
     shared = np.concatenate([part.shared_tokens for part in parts])

@@ -16,16 +16,10 @@ from blendserve.planner.schedule import PlannedRequests, schedule_requests
 from blendserve.planner.simulate import POLICIES, bound_seconds, simulated_machine, summarize_run
 from blendserve.planner.simulated_job import SimulatedJob
 from blendserve.planner.simulated_run import run_schedule
-from blendserve.spec import JobSpec, Policy
+from blendserve.spec import JobSpec
 
 
-def compare_policies(
-    folder: JobFolder,
-    spec: JobSpec,
-    model_folder: Path,
-    *,
-    policies: tuple[Policy, ...] = POLICIES,
-) -> dict[str, Any]:
+def compare_policies(folder: JobFolder, spec: JobSpec, model_folder: Path) -> dict[str, Any]:
     """Simulate what is left to run of the job under each policy, every request as long as it is estimated to be.
 
     Compute and memory work overlap where the engine overlaps them. Returns `policies` (as `simulate` has them,
@@ -44,7 +38,7 @@ def compare_policies(
         job = SimulatedJob.of_estimates(requests)
         costs = partial(compute_costs, database, cost_constants(shape, hardware))
         runs = {}
-        for policy in policies:
+        for policy in POLICIES:
             schedule = schedule_requests(
                 requests, policy=policy, seed=spec.seed, num_shards=spec.shards or 1, costs=costs
             )

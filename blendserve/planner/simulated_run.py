@@ -52,7 +52,7 @@ class PolicyRun:
 def run_schedule(job: SimulatedJob, schedule: Schedule, machine: SimulatedMachine) -> list[SimulationResult]:
     """Replay every shard of `schedule` on a machine of its own."""
     requests, everyone = job.simulated_requests(), np.arange(job.num_requests)
-    shards = (_shard(schedule, number, everyone, job, job.lengths) for number in range(schedule.num_shards))
+    shards = (shard_of(schedule, number, everyone, job, job.lengths) for number in range(schedule.num_shards))
     return [_replay(requests, machine, shard, UsageRecorder()) for shard in shards]
 
 
@@ -65,15 +65,14 @@ def run_policy(
     machine: SimulatedMachine,
     costs: CostModel,
     seed: int = 0,
-    shards: int | None = None,
 ) -> PolicyRun:
-    """Run `job` on `gpus` machines side by side, in `shards` (None: as many) that each take when they are free.
+    """Run `job` in a shard for each of `gpus` machines side by side, which take one whenever they are free.
 
     Policies that use no lengths run alike whether they are known.
     """
     is_known = lengths == "known" or policy not in _USING_LENGTHS or job.num_requests < 2 * MIN_SAMPLED
     run = _KnownRun if is_known else _LearningRun
-    return run(job, policy=policy, gpus=gpus, machine=machine, costs=costs, seed=seed, shards=shards or gpus).run()
+    return run(job, policy=policy, gpus=gpus, machine=machine, costs=costs, seed=seed).run()
 
 
 class _KnownRun:
@@ -88,10 +87,9 @@ class _KnownRun:
         machine: SimulatedMachine,
         costs: CostModel,
         seed: int,
-        shards: int,
     ) -> None:
         self._job, self._requests = job, job.simulated_requests()
-        self._policy, self._costs, self._seed, self._num_shards = policy, costs, seed, shards
+        self._policy, self._costs, self._seed = policy, costs, seed
         self._machine = machine
         self._done = [no_work() for _ in range(gpus)]
         self._usages = [UsageRecorder() for _ in range(gpus)]
@@ -101,7 +99,7 @@ class _KnownRun:
         everyone = np.arange(self._job.num_requests)
         schedule = self._plan(everyone, self._job.lengths)
         self._run_shards(
-            _shard(schedule, number, everyone, self._job, self._job.lengths) for number in range(schedule.num_shards)
+            shard_of(schedule, number, everyone, self._job, self._job.lengths) for number in range(schedule.num_shards)
         )
         return PolicyRun(self._done, self._planning_seconds)
 
@@ -119,7 +117,7 @@ class _KnownRun:
             self._job.subset(rows, lengths),
             policy=self._policy,
             seed=self._seed,
-            num_shards=self._num_shards,
+            num_shards=len(self._done),
             costs=self._costs,
         )
         self._planning_seconds += time.monotonic() - started
@@ -160,7 +158,7 @@ class _LearningRun(_KnownRun):
         begun = np.where(np.isnan(observed), 0, observed).astype(np.int64)
         schedule = self._plan(rows, lengths)
         self._run_shards(
-            self._learning(_shard(schedule, number, rows, job, lengths), schedule, number, begun, classes, seen)
+            self._learning(shard_of(schedule, number, rows, job, lengths), schedule, number, begun, classes, seen)
             for number in range(schedule.num_shards)
         )
         return PolicyRun(self._done, self._planning_seconds)
@@ -243,7 +241,7 @@ def _replay(
     return simulator.result()
 
 
-def _shard(
+def shard_of(
     schedule: Schedule, number: int, rows: NDArray[np.int64], job: SimulatedJob, lengths: OutputLengths
 ) -> SimulatedShard:
     """Shard `number` of a schedule of the requests `rows`, with `lengths` of the whole job."""

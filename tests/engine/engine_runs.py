@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -222,8 +221,3 @@ def write_plan(
     pq.write_table(table, plan_dir / "shards/shard-00000.parquet", row_group_size=7)
     write_manifest(plan_dir / "plan.json", plan)
     return plan
-
-
-def interleaved(*groups: Sequence[Any]) -> list[Any]:
-    """One of each group in turn, as long as all last."""
-    return list(itertools.chain.from_iterable(zip(*groups, strict=True)))
