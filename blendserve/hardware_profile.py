@@ -6,6 +6,7 @@ and imports neither torch nor DuckDB.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
 
@@ -51,6 +52,23 @@ class ProfiledModel(_Profile):
     intermediate_size: int
     vocab_size: int
 
+    @classmethod
+    def of(cls, sizes: object) -> ProfiledModel:
+        """The sizes of what has them as attributes of these names."""
+        return cls(**{name: getattr(sizes, name) for name in cls.model_fields})
+
+
+class SideBySide(_Profile):
+    """A step whose decodes and prefill chunks were run side by side.
+
+    num_programs: how many SMs decode attention had. gain: the time of the same step in one piece over its own.
+    """
+
+    num_kv_tokens: int = Field(gt=0)  # that its decodes read
+    num_prefill_tokens: int = Field(gt=0)
+    num_programs: int = Field(gt=0)
+    gain: float = Field(gt=0, allow_inf_nan=False)
+
 
 class HardwareProfile(_Profile):
     """What was measured, on what, by which code.
@@ -59,6 +77,7 @@ class HardwareProfile(_Profile):
     prefill_attention: over pairs of a query and a key, all layers. decode_attention: over bytes of KV cache read.
     interference: how much of the shorter of compute and memory work a step adds to the longer one when both run at one
     time, from 0 (free) to 1 (as long as one after the other; also where the engine doesn't overlap them).
+    side_by_side: with which steps that was tried, each with the number of SMs that made it fastest.
     decode_kernel: whether decode attention reads a shared prefix once for all or once for each request.
     prefix_readers: with a shared-prefix kernel, how many requests read a shared prefix together on average.
     """
@@ -73,6 +92,7 @@ class HardwareProfile(_Profile):
     prefill_attention: AffineFit
     decode_attention: AffineFit
     interference: float = Field(1.0, ge=0, le=1)
+    side_by_side: tuple[SideBySide, ...] = ()
     decode_kernel: DecodeKernel = "paged"
     prefix_readers: float = Field(1.0, ge=1, allow_inf_nan=False)
     commit: str
@@ -90,6 +110,12 @@ def load_profile(path: Path) -> HardwareProfile:
         raise UsageError(
             f"Profile {path} is no valid profile of format 1; wrong: {fields}. Measure the GPU again."
         ) from error
+
+
+def stored_profiles() -> Iterator[tuple[Path, HardwareProfile]]:
+    """The profiles that were measured here, with their files."""
+    for path in sorted(PROFILES.expanduser().glob("*.json")):
+        yield path, load_profile(path)
 
 
 def write_profile(path: Path, profile: HardwareProfile) -> None:

@@ -26,7 +26,7 @@ from blendserve.engine.device import (
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.memory_profile import profile_activation_bytes
 from blendserve.engine.model_runner import LaunchedStep, ModelRunner
-from blendserve.engine.overlap import OverlapPolicy
+from blendserve.engine.overlap import OverlapPolicy, overlap_policy
 from blendserve.engine.request import Completion, Request
 from blendserve.engine.running import RunningRequests
 from blendserve.engine.sampler import Sampler
@@ -35,6 +35,7 @@ from blendserve.engine.scheduler import Scheduler
 from blendserve.engine.step_metrics import StepMetrics
 from blendserve.engine.upcoming import RequestSource
 from blendserve.errors import UsageError
+from blendserve.hardware_profile import ProfiledModel
 from blendserve.models.config import ModelConfig
 from blendserve.models.llama import LlamaModel
 from blendserve.models.weights import dummy_weights, load_weights
@@ -94,7 +95,7 @@ class LLMEngine:
         eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
         self._completions = CompletionMaker(Detokenizer(model_folder, sampling.stop), eos_token_ids)
         if spec.overlap == "on" and device.type == "cuda" and not limits.is_batch_invariant:
-            overlap = overlap or OverlapPolicy()
+            overlap = overlap or overlap_policy(self.device_name, ProfiledModel.of(config))
         is_invariant = limits.is_batch_invariant
         if spec.load_format == "dummy":
             weights = dummy_weights(config, dtype, device, is_batch_invariant=is_invariant)
@@ -116,7 +117,7 @@ class LLMEngine:
             is_batch_invariant=is_invariant,
             overlap=overlap,
         )
-        self._paced_tokens = overlap.min_prefill_tokens if overlap else None
+        self._paced_tokens = overlap.paced_tokens if overlap else None
         self._max_in_flight = max_in_flight or (2 if device.type == "cuda" else 1)
         self._num_steps = self._num_shrinks = 0
         self._started = self._ended = 0.0

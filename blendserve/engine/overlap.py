@@ -1,28 +1,57 @@
 """When decodes and prefill chunks of a step run side by side, and how many SMs decode attention gets then.
 
 Decode attention streams the KV cache and needs a third of the SMs for most of the bandwidth; products of prefill chunks
-take the others. Both sides slow each other down, and the weights are read twice, so it only pays for many prefill
-tokens beside a full KV cache: on an H100 with 512 decodes of 880 tokens a step takes 7 % less with 1,536 prefill tokens
-and 36 SMs for attention, and 3 % more with 512 (`benchmarks/results/overlap-h100.json`).
+take the others. Both sides slow each other down, and the weights are read twice, so whether it pays depends on the GPU
+and on the step. The profiler has tried it (`HardwareProfile.side_by_side`); steps like those that it made faster run
+side by side, all others in one piece.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+
+from blendserve.hardware_profile import ProfiledModel, SideBySide, stored_profiles
+
+_LEAST_GAIN = 1.02  # what two measurements of one step may differ by
+_NEAR = 1.3  # a step is like a measured one where it has up to so many times its prefill tokens, or that part of them
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class OverlapPolicy:
-    """The limits outside of which a step runs in one piece."""
+    """The measured steps that gained by running side by side, one at least."""
 
-    decode_programs: int = 36
-    min_kv_tokens: int = 200_000
-    min_prefill_tokens: int = 1536
-    max_prefill_tokens: int = 2560
+    paying: tuple[SideBySide, ...]
+
+    @property
+    def paced_tokens(self) -> int:
+        """Prefill tokens that a step should have, so that it pays."""
+        return max(self.paying, key=lambda step: step.gain).num_prefill_tokens
 
     def num_programs(self, num_decodes: int, num_kv_tokens: int, num_prefill_tokens: int) -> int:
         """SMs for decode attention, or 0 where the step runs in one piece."""
-        has_enough = num_kv_tokens >= self.min_kv_tokens and num_prefill_tokens >= self.min_prefill_tokens
-        return (
-            self.decode_programs if num_decodes and has_enough and num_prefill_tokens <= self.max_prefill_tokens else 0
-        )
+        alike = [step for step in self.paying if _is_like(step, num_kv_tokens, num_prefill_tokens)]
+        return max(alike, key=lambda step: step.gain).num_programs if num_decodes and alike else 0
+
+
+def _is_like(measured: SideBySide, num_kv_tokens: int, num_prefill_tokens: int) -> bool:
+    prefill = measured.num_prefill_tokens
+    return num_kv_tokens * _NEAR >= measured.num_kv_tokens and prefill / _NEAR <= num_prefill_tokens <= prefill * _NEAR
+
+
+def overlap_policy(device_name: str, model: ProfiledModel) -> OverlapPolicy | None:
+    """What the stored profile of this GPU and model says; None where it says that nothing pays, or there is none."""
+    for _, profile in stored_profiles():
+        if profile.device == device_name and profile.model == model:
+            paying = tuple(step for step in profile.side_by_side if step.gain >= _LEAST_GAIN)
+            if not paying:
+                log.info("overlap is on, but the profile of %s has no step that gains by it", device_name)
+            return OverlapPolicy(paying) if paying else None
+    log.warning(
+        "overlap is on, but no profile says where it pays for this model on %s, so every step runs in one piece; "
+        "measure one: python -m blendserve.engine.profiler MODEL_FOLDER",
+        device_name,
+    )
+    return None

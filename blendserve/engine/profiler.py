@@ -10,7 +10,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,12 +26,22 @@ from blendserve.engine.overlap import OverlapPolicy
 from blendserve.engine.request import Request
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
 from blendserve.errors import BlendServeError
-from blendserve.hardware_profile import PROFILES, AffineFit, HardwareProfile, ProfiledModel, write_profile
+from blendserve.hardware_profile import (
+    PROFILES,
+    AffineFit,
+    HardwareProfile,
+    ProfiledModel,
+    SideBySide,
+    write_profile,
+)
 from blendserve.spec import EngineSpec, SamplingSpec
 
 # Steps before the one that counts: they compile kernels and capture the shape.
 _WARM_UPS = 3
 _REPETITIONS = 3
+_LASTING_REPETITIONS = 12  # long enough for the clock to fall as far as the power limit wants it to
+_PROGRAMS = (28, 36, 48)  # SMs for decode attention that are tried
+_ALWAYS = 2.0  # a gain that pays
 _FREE_TOKENS = range(0, 1025, 8)  # how many tokens may take no longer than one, as far as the fit looks
 _LEAST_SECONDS = 1e-15  # of a unit of work that costs too little to be seen
 
@@ -59,6 +69,11 @@ class StepMix:
         return [1.0, self.num_tokens, sampled, pairs, float(self.num_decodes > 0), kv_bytes]
 
 
+SIDE_BY_SIDE_MIXES = tuple(
+    StepMix(num_decodes, 768, num_chunks, 512) for num_decodes in (256, 512) for num_chunks in (2, 3, 4)
+)
+
+
 def mixes(max_num_seqs: int, max_num_batched_tokens: int, capacity_tokens: int) -> list[StepMix]:
     """The steps to measure that fit these limits."""
     prefill = [
@@ -84,15 +99,15 @@ class StepTimer:
         self._num_blocks = num_blocks
         self._block_size = block_size
 
-    def seconds(self, mix: StepMix) -> float:
-        """The median time of such a step."""
+    def seconds(self, mix: StepMix, repetitions: int = _REPETITIONS) -> float:
+        """The median time of such a step, of the last `_REPETITIONS` of so many."""
         batch = self._batch(mix)
         times = []
-        for _ in range(_WARM_UPS + _REPETITIONS):
+        for _ in range(_WARM_UPS + repetitions):
             started = time.perf_counter()
             output = self._runner.collect(self._runner.launch(batch))
             times.append(output.busy_seconds or time.perf_counter() - started)
-        return float(np.median(times[_WARM_UPS:]))
+        return float(np.median(times[-_REPETITIONS:]))
 
     def _batch(self, mix: StepMix) -> ScheduledBatch:
         rows = np.arange(mix.num_decodes + mix.num_chunks, dtype=np.int64)
@@ -182,50 +197,65 @@ def measure(engine: LLMEngine, *, commit: str) -> HardwareProfile:
     features[:, 1] = np.maximum(features[:, 1] - free_tokens, 0)
     errors = np.abs(features @ coefficients / seconds - 1)
     log.info("%d kinds of steps; the fits are off by %.1f %% on average", len(measured), 100 * errors.mean())
+
+    def cost(mix: StepMix) -> tuple[float, float]:
+        parts = mix.features(kv_bytes)
+        parts[1] = max(parts[1] - free_tokens, 0)
+        return float((coefficients * parts)[:4].sum()), float((coefficients * parts)[4:].sum())
+
+    tried = _try_side_by_side(timer, runner, capacity)
     fixed, token, sampled, pair, decode_fixed, kv_byte = np.maximum(coefficients, [0, *[_LEAST_SECONDS] * 3, 0, 1e-18])
     config, device = engine.config, runner.model.device
     return HardwareProfile(
         device=engine.device_name,
         memory_bytes=float(memory_bytes(device)),
-        model=ProfiledModel(**{name: getattr(config, name) for name in ProfiledModel.model_fields}),
+        model=ProfiledModel.of(config),
         bytes_per_element=runner.model.dtype.itemsize,
         gemm=AffineFit(fixed_seconds=fixed, seconds_per_unit=token, free_units=free_tokens),
         head=AffineFit(fixed_seconds=0.0, seconds_per_unit=sampled),
         prefill_attention=AffineFit(fixed_seconds=0.0, seconds_per_unit=pair),
         decode_attention=AffineFit(fixed_seconds=decode_fixed, seconds_per_unit=kv_byte),
-        interference=_interference(timer, runner, coefficients, free_tokens, kv_bytes, capacity),
+        interference=interference(tried, cost),
+        side_by_side=tuple(sides for _, sides in tried),
         prefix_readers=1.0,
         commit=commit,
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 
-def _interference(
-    timer: StepTimer,
-    runner: ModelRunner,
-    coefficients: NDArray[np.float64],
-    free_tokens: float,
-    kv_bytes_per_token: int,
-    capacity_tokens: int,
-) -> float:
-    """How much of the shorter of compute and memory work a step adds to the longer one, where decodes and chunks may
-    run side by side: the mean over steps with about as much of both, each run in the faster way; 1 on a CPU."""
-    shares, policy = [], runner.overlap
-    mixes = ((256, 1024, 2), (384, 1024, 3), (512, 768, 3)) if runner.model.device.type == "cuda" else ()
-    for num_decodes, context_tokens, num_chunks in mixes:
-        if num_decodes * (context_tokens + 256) > capacity_tokens:
+def _try_side_by_side(timer: StepTimer, runner: ModelRunner, capacity_tokens: int) -> list[tuple[StepMix, SideBySide]]:
+    """Steps with much of decodes and of prefill, each with the number of SMs for attention that makes it fastest."""
+    tried, policy = [], runner.overlap
+    for mix in SIDE_BY_SIDE_MIXES if runner.model.device.type == "cuda" else ():
+        if mix.num_decodes * (mix.context_tokens + 256) > capacity_tokens:
             continue
-        mix = StepMix(num_decodes, context_tokens, num_chunks, 512)
-        times = []
-        for runner.overlap in (None, OverlapPolicy(min_kv_tokens=0, min_prefill_tokens=0)):
-            times.append(timer.seconds(mix))
-        features = mix.features(kv_bytes_per_token)
-        features[1] = max(features[1] - free_tokens, 0)
-        parts = coefficients * features
-        memory, compute = float(parts[4:].sum()), float(parts[:4].sum())
-        shares.append((min(times) - max(memory, compute)) / min(memory, compute))
-        log.info("%s: %.1f ms in one piece, %.1f ms side by side", mix, *(1e3 * seconds for seconds in times))
+        runner.overlap = None
+        alone = timer.seconds(mix, _LASTING_REPETITIONS)
+        ways = []
+        for num_programs in _PROGRAMS:
+            sides = SideBySide(
+                num_kv_tokens=mix.num_decodes * mix.context_tokens,
+                num_prefill_tokens=mix.num_chunks * mix.chunk_tokens,
+                num_programs=num_programs,
+                gain=_ALWAYS,
+            )
+            runner.overlap = OverlapPolicy((sides,))
+            gain = alone / timer.seconds(mix, _LASTING_REPETITIONS)
+            log.info("%s: %.1f ms in one piece; %d SMs for attention: %.3f times", mix, 1e3 * alone, num_programs, gain)
+            ways.append(sides.model_copy(update={"gain": gain}))
+        tried.append((mix, max(ways, key=lambda way: way.gain)))
     runner.overlap = policy
+    return tried
+
+
+def interference(tried: Sequence[tuple[StepMix, SideBySide]], cost: Callable[[StepMix], tuple[float, float]]) -> float:
+    """How much of the shorter of compute and memory work a step adds to the longer one: the mean over the steps tried,
+    each run in the faster way. `cost` gives both in seconds. 1 where nothing was tried."""
+    shares = []
+    for mix, sides in tried:
+        compute, memory = cost(mix)
+        seconds = (compute + memory) / max(sides.gain, 1.0)
+        shares.append((seconds - max(compute, memory)) / min(compute, memory))
     return float(np.clip(np.mean(shares), 0.0, 1.0)) if shares else 1.0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from blendserve.errors import ModelError, UsageError
-from blendserve.hardware_profile import PROFILES, HardwareProfile, load_profile
+from blendserve.hardware_profile import HardwareProfile, ProfiledModel, load_profile, stored_profiles
 from blendserve.nvidia_smi import query_gpus
 
 
@@ -137,7 +137,6 @@ _ASSUMED_GPU: Final = "a100-80gb"  # for the figures of a GPU that isn't known
 _ACHIEVED_FLOPS: Final = 0.65
 _ACHIEVED_BANDWIDTH: Final = 0.905
 _LAYER_OVERHEAD_SECONDS: Final = 90e-6
-_ACHIEVED_INTERFERENCE: Final = 0.9
 
 
 def cost_constants(model: ModelShape, hardware: Hardware) -> CostConstants:
@@ -203,8 +202,8 @@ def _shape_of_config(config: Any, path: Path) -> ModelShape:
 def load_hardware(name: str, *, device: str = "auto", model: ModelShape | None = None) -> Hardware:
     """The hardware called `name`; `4xh100` is four that hold one model together; `*.json` is a measured profile.
 
-    `auto` is the visible NVIDIA GPU, or the CPU where none is or `device` is cpu; a profile of that GPU and `model` in
-    `PROFILES` goes before data-sheet figures. Raises UsageError on an unknown name and on a profile of another GPU than
+    `auto` is the visible NVIDIA GPU, or the CPU where none is or `device` is cpu; a stored profile of that GPU and
+    `model` goes before data-sheet figures. Raises UsageError on an unknown name and on a profile of another GPU than
     the visible one or of another model.
     """
     if name.endswith(".json"):
@@ -236,7 +235,6 @@ def as_achieved(hardware: Hardware, model: ModelShape) -> Hardware:
         flops_per_second=_ACHIEVED_FLOPS * hardware.flops_per_second,
         bytes_per_second=_ACHIEVED_BANDWIDTH * hardware.bytes_per_second,
         basis="achieved",
-        interference=_ACHIEVED_INTERFERENCE,
         overhead_seconds=_LAYER_OVERHEAD_SECONDS * model.num_layers,
         warnings=warnings,
     )
@@ -250,7 +248,7 @@ def _profiled_hardware(profile: HardwareProfile, model: ModelShape | None) -> Ha
             f"The profile was measured on {profile.device}, the GPU here is {visible}. Measure this one, or plan with "
             "data-sheet figures."
         )
-    if model is not None and ModelShape(**profile.model.model_dump()) != model:
+    if model is not None and profile.model != ProfiledModel.of(model):
         raise UsageError(
             f"The profile was measured with another model: {profile.model}, expected {model}. Measure this model."
         )
@@ -272,9 +270,8 @@ def _visible_hardware(model: ModelShape | None) -> Hardware:
     if gpu is None:
         return BUILT_IN_HARDWARE["cpu"]
     ignored = []
-    for path in sorted(PROFILES.expanduser().glob("*.json")):
-        profile = load_profile(path)
-        if profile.device == gpu and ModelShape(**profile.model.model_dump()) == model:
+    for path, profile in stored_profiles():
+        if profile.device == gpu and model is not None and profile.model == ProfiledModel.of(model):
             return _profiled_hardware(profile, model)
         ignored.append(f"Profile {path.name} is of another GPU or model ({profile.device}): not used.")
     name = _built_in_name(gpu)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blendserve.engine import profiler
-from blendserve.engine.profiler import StepMix, fit, fit_steps, main, mixes
-from blendserve.hardware_profile import load_profile
+from blendserve.engine.profiler import StepMix, fit, fit_steps, interference, main, mixes
+from blendserve.hardware_profile import SideBySide, load_profile
 from blendserve.planner.performance_model import load_hardware, load_model_shape
 
 MIXES = mixes(max_num_seqs=1024, max_num_batched_tokens=8192, capacity_tokens=400_000)
@@ -50,6 +50,15 @@ def test_steps_fit_the_limits() -> None:
     assert all(mix.num_tokens <= 512 and mix.num_decodes <= 64 for mix in small)
     assert all(mix.num_decodes * mix.context_tokens <= 20_000 for mix in small)
     assert StepMix(num_decodes=3, context_tokens=10).features(7) == [1.0, 3, 3, 0, 1.0, 210]
+
+
+def test_interference_is_what_the_faster_way_leaves_of_the_shorter_work() -> None:
+    mix = StepMix(256, 768, 2, 512)
+    sides = SideBySide(num_kv_tokens=1, num_prefill_tokens=1, num_programs=28, gain=1.25)
+    assert interference([(mix, sides)], lambda _: (6.0, 4.0)) == pytest.approx(0.5)  # 8 seconds instead of 10 or 6
+    slower = sides.model_copy(update={"gain": 0.9})
+    assert interference([(mix, slower)], lambda _: (6.0, 4.0)) == 1.0
+    assert interference([], lambda _: (6.0, 4.0)) == 1.0
 
 
 def test_a_profile_is_measured_and_planned_with(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
+from blendserve import hardware_profile
 from blendserve.errors import UsageError
 from blendserve.hardware_profile import AffineFit, HardwareProfile, ProfiledModel, load_profile, write_profile
 from blendserve.planner import performance_model
@@ -39,7 +40,7 @@ def see_gpu(monkeypatch, tmp_path):
     """Make nvidia-smi name a GPU, and look for profiles in an empty folder, which is returned."""
     profiles = tmp_path / "profiles"
     profiles.mkdir()
-    monkeypatch.setattr(performance_model, "PROFILES", profiles)
+    monkeypatch.setattr(hardware_profile, "PROFILES", profiles)
 
     def see(name: str | None):
         monkeypatch.setattr(performance_model, "visible_gpu", lambda: name)

@@ -131,5 +131,5 @@ def test_a_plan_takes_a_gpu_by_what_the_engine_gets_out_of_it(name):
     assert (sheet.basis, achieved.basis) == ("data_sheet", "achieved")
     assert as_achieved(achieved, LLAMA) == achieved
     assert (peak.interference, machine.interference) == (0.0, 1.0)
-    assert simulated_machine(LLAMA, achieved, is_overlapped=True).interference == 0.9
+    assert simulated_machine(LLAMA, achieved, is_overlapped=True).interference == 1.0
     assert any("No profile of a100" in text for text in achieved.warnings) == (name == "a100-80gb")
