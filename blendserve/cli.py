@@ -208,7 +208,7 @@ def simulate(
     console: Console,
     input_: Annotated[Path, typer.Option("--input", help="Parquet: prompt_token_ids or input_tokens, output_tokens.")],
     model: Annotated[str, typer.Option("--model", help="A built-in model shape or a folder with config.json.")],
-    hardware: Annotated[str, typer.Option("--hardware", help="cpu, a100-80gb, h100 or h200.")],
+    hardware: Annotated[str, typer.Option("--hardware", help="As a job's: h100, 4xh100, a profile's JSON file.")],
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Devices that run shards side by side.")] = 1,
     policies: Annotated[str, typer.Option("--policies", help="Comma-separated.")] = ",".join(POLICIES),
     lengths: Annotated[Literal["known", "sampled"], typer.Option("--lengths", help="What the plan knows.")] = "known",
@@ -240,7 +240,7 @@ def workload(
     sharing: Annotated[float, typer.Option("--sharing", help="Share of the prompt tokens that can be shared.")],
     requests: Annotated[int, typer.Option("--requests", help="Number of requests.")],
     model: Annotated[str, typer.Option("--model", help="A built-in model shape or a folder with config.json.")],
-    hardware: Annotated[str, typer.Option("--hardware", help="cpu, a100-80gb, h100 or h200.")],
+    hardware: Annotated[str, typer.Option("--hardware", help="As a job's: h100, 4xh100, a profile's JSON file.")],
     output: Annotated[Path, typer.Option("--output", help="Parquet file to write.")],
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same workload.")] = 0,
 ) -> tuple[dict[str, Any], int]:
