@@ -25,6 +25,7 @@ from mixes import draw_parts
 from provenance import provenance
 
 from benchmarks.dry_run import DryRun
+from benchmarks.throughput.run import LLAMA_3_1_8B
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.request import Completion, FinishReason
 from blendserve.engine.scheduler import Scheduler
@@ -49,15 +50,6 @@ from blendserve.planner.workload import RequestLengths, write_workload
 from blendserve.schemas import COMPLETIONS, TOKENIZED_REQUESTS
 from blendserve.spec import JobSpec
 
-CONFIG = {
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-}
 MAX_TOKENS = 131_072
 BLOCK_SIZE, MAX_NUM_SEQS, MAX_BATCHED_TOKENS = 128, 1024, 8192
 PACED_TOKENS = 1  # the simulated machine overlaps any number of them
@@ -116,7 +108,7 @@ def profile_at_peaks(hardware: Hardware, shape: ModelShape) -> HardwareProfile:
     )
 
 
-def replay(reader: ShardReader, outputs: np.ndarray, limit: int, machine) -> tuple[dict, list[dict]]:
+def replay(reader: ShardReader, outputs: np.ndarray, limit: int, machine) -> tuple[dict, list[Completion]]:
     """Run a shard; returns its figures and its completions."""
     cache = KVCache(machine.capacity_tokens // BLOCK_SIZE, BLOCK_SIZE, True)
     scheduler = Scheduler(
@@ -230,7 +222,7 @@ def main() -> None:
     result = {**provenance(), "rows": []}
     with TemporaryDirectory() as folder:
         root, hardware = Path(folder), "h100"
-        (root / "config.json").write_text(json.dumps(CONFIG))
+        (root / "config.json").write_text(json.dumps(LLAMA_3_1_8B))
         if arguments.overlap == "on":  # as in the paper
             hardware = str(root / "peaks.json")
             write_profile(Path(hardware), profile_at_peaks(load_hardware("a100-80gb"), load_model_shape(root)))
