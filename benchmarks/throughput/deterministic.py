@@ -5,8 +5,8 @@ Equal requests run twice with and twice without it, Llama-3.1-8B shape, random w
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -20,10 +20,13 @@ from blendserve.spec import EngineSpec, SamplingSpec
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    default = ["500x600+100", "150x2000+4"]
+    parser.add_argument("workload", nargs="*", default=default, metavar="NUMBERxINPUT+OUTPUT")
+    names = parser.parse_args().workload
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         folder = model_folder(scratch / "model")
-        names = sys.argv[1:] or ["500x600+100", "150x2000+4"]
         workloads = {name: read_ordered_requests(write_equal_requests(name, scratch / name), "dfs") for name in names}
         for is_deterministic in (False, True):
             stated = {**LIMITS, "block_size": 128, "deterministic": is_deterministic}
