@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -96,7 +95,7 @@ def profile_at_peaks(hardware: Hardware, shape: ModelShape) -> HardwareProfile:
     return HardwareProfile(
         device=hardware.name,
         memory_bytes=hardware.memory_bytes,
-        model=ProfiledModel(**asdict(shape)),
+        model=ProfiledModel.of(shape),
         bytes_per_element=hardware.bytes_per_element,
         gemm=fit(constants.seconds_per_layer_token, floor),
         head=fit(constants.seconds_per_sampled_token),
