@@ -32,7 +32,7 @@ from blendserve.planner.plan_summary import summarize
 from blendserve.planner.predicted_time import predict_seconds
 from blendserve.planner.predicted_usage import predict_usage
 from blendserve.planner.prefix_tree import build_prefix_tree
-from blendserve.planner.prompt_tokens import open_prompt_tokens
+from blendserve.planner.prompt_tokens import open_prompt_tokens, remove_prompt_tokens
 from blendserve.planner.requests import RequestStates, compute_costs, read_request_states
 from blendserve.planner.schedule import PlannedRequests, schedule_requests
 from blendserve.planner.simulate import capacity_tokens
@@ -67,6 +67,7 @@ def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManif
     manifest = _manifest(spec, model_folder, hardware, scheduled, states, lengths)
     with open_prompt_tokens(folder.relation("tokenized_requests"), folder.work) as prompts:
         write_plan_files(folder.plan, manifest, scheduled, states, prompts, learning)
+    remove_prompt_tokens(folder.work)
     return manifest
 
 

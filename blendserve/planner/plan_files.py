@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +23,7 @@ from blendserve.planner.schedule import Schedule
 from blendserve.schemas import SCHEDULED_REQUESTS
 
 _BATCH_TOKENS = 2**20
+_WRITERS: Final = 2  # shards written at one time: encoding takes a core for each
 # Token ids hardly repeat within a page: a dictionary of them takes five times as long to write and saves little.
 _FORMAT: Final[dict[str, Any]] = {"use_dictionary": False, "compression": "zstd", "compression_level": 1}
 
@@ -52,13 +54,17 @@ def write_plan_files(
     `learning`: what the engine learns output lengths from; None: it takes them as they are estimated.
     """
     schema = SCHEDULED_REQUESTS if learning is None else learning.schema()
-    for shard in manifest.shards:
+
+    def write(shard: ShardPlan) -> None:
         with (
             replacing(folder / shard.file) as temporary,
             pq.ParquetWriter(temporary, schema, **_FORMAT) as file,
         ):
             for batch in _shard_batches(scheduled, shard.shard, states, prompts, learning):
                 file.write_table(batch.cast(schema))
+
+    with ThreadPoolExecutor(_WRITERS) as writers:
+        list(writers.map(write, manifest.shards))
     write_manifest(folder / "plan.json", manifest)
     kept = {(folder / shard.file).parent for shard in manifest.shards}
     for stale in folder.glob("shards-*"):

@@ -1,33 +1,42 @@
-"""The prompts' token ids as one flat array on disk, for reading rows in any order without a Python object a row."""
+"""The prompts' token ids as one flat file, for reading rows in any order without a Python object a token."""
 
 from __future__ import annotations
 
+import hashlib
 import mmap
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
+from typing import BinaryIO, Final
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-_BATCH_ROWS = 1024
-_FIRST_SLICE = 8  # most neighbours differ within a few tokens
-_MAX_SLICE = 256
-_MAX_COMPARED = 2**20  # tokens compared at one time
-_MAX_PAIRS = 2**12  # prompts compared before their pages are given back: each pair maps about 200 KiB of the file
+MAX_WIDTH: Final = 256  # tokens of a prompt that are compared at one time
+
+_FILE: Final = ".prompt_tokens.bin"  # hidden: it is nothing to publish
+_BATCH_ROWS: Final = 1024
+_BUFFER_BYTES: Final = 2**20
+_MAX_COMPARED: Final = 2**20  # tokens compared at one time
+_MAX_MAPPED_ROWS: Final = 2**13  # rows read before their pages are given back: each maps up to 64 KiB of the file
+_DIGEST_BYTES: Final = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
     """`token_ids[offsets[i] : offsets[i + 1]]` are the tokens of the prompt in row i of the Parquet file.
 
-    token_ids: int32 [num_tokens + padding], a view of the file `mapped`; offsets: int64 [num_rows + 1].
+    token_ids: int32 [num_tokens + at least MAX_WIDTH], a view of `mapped`, which is `file`; offsets: int64
+    [num_rows + 1].
     """
 
+    file: BinaryIO
     mapped: mmap.mmap
     token_ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
@@ -38,58 +47,112 @@ class PromptTokens:
 
     def take(self, rows: NDArray[np.int64]) -> pa.ListArray:
         """The prompts of `rows`, in that order."""
-        lengths = self.lengths[rows]
-        ends = np.cumsum(lengths)
-        shift = np.repeat(self.offsets[rows] - (ends - lengths), lengths)
-        values = self.token_ids[shift + np.arange(len(shift))]
-        self._let_go()
-        offsets = np.concatenate([np.zeros(1, np.int64), ends]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+        ends = np.append(0, np.cumsum(self.offsets[rows + 1] - self.offsets[rows]))
+        values = np.empty(ends[-1], np.int32)
+        room, places = values.view(np.uint8).data, (ends * values.itemsize).tolist()
+        begins = (self.offsets[rows] * values.itemsize).tolist()
+        # Mapping pages here and there, to read one row of each, would take five times as long.
+        for begin, first, last in zip(begins, places, places[1:], strict=False):
+            os.preadv(self.file.fileno(), [room[first:last]], begin)
+        return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(values))
 
-    def common_prefix_lengths(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int32]:
-        """int32 [num_pairs]: how many leading tokens the prompts of rows `first[i]` and `second[i]` share."""
-        limits = np.minimum(self.lengths[first], self.lengths[second])
-        shared = np.zeros(len(first), np.int64)
-        active = np.flatnonzero(limits > 0)
-        width = _FIRST_SLICE
-        while len(active):
-            at = shared[active]
-            equal = self._num_equal(self.offsets[first[active]] + at, self.offsets[second[active]] + at, width)
-            shared[active] = np.minimum(at + equal, limits[active])
-            active = active[(equal == width) & (shared[active] < limits[active])]
-            width = min(width * 4, _MAX_SLICE)
-        return shared.astype(np.int32)
-
-    def _num_equal(self, first: NDArray[np.int64], second: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-        """int64 [num_pairs]: leading equal tokens among the `width` tokens at offsets `first` and `second`."""
+    def num_equal(
+        self, first: NDArray[np.int64], second: NDArray[np.int64], start: NDArray[np.int64], width: int
+    ) -> NDArray[np.int64]:
+        """int64 [num_pairs]: how many of the `width` tokens after `start[i]` the rows `first[i]`, `second[i]` share."""
         windows = np.lib.stride_tricks.sliding_window_view(self.token_ids, width)
-        equal = np.empty(len(first), np.int64)
-        step = min(_MAX_COMPARED // width, _MAX_PAIRS)
-        for begin in range(0, len(first), step):
-            part = slice(begin, begin + step)
-            differs = windows[first[part]] != windows[second[part]]
-            equal[part] = np.where(differs.any(axis=1), differs.argmax(axis=1), width)
-            if begin // _MAX_PAIRS != (begin + step) // _MAX_PAIRS:
-                self._let_go()
+        begin, other = self.offsets[first] + start, self.offsets[second] + start
+        equal = np.minimum(self.offsets[first + 1] - begin, self.offsets[second + 1] - other)
+        for part in self._in_file_order(begin, _MAX_COMPARED // width):
+            differs = windows[begin[part]] != windows[other[part]]
+            equal[part] = np.minimum(equal[part], np.where(differs.any(axis=1), differs.argmax(axis=1), width))
         return equal
 
-    def _let_go(self) -> None:
-        """Give back the pages that were read; otherwise the whole file would come to count as this process's memory."""
-        self.mapped.madvise(mmap.MADV_DONTNEED)
+    def windows(self, rows: NDArray[np.int64], start: NDArray[np.int64], width: int) -> NDArray[np.int32]:
+        """int32 [num_rows, width]: the tokens of each row after `start[i]`; the least number beyond a prompt's end."""
+        windows = np.lib.stride_tricks.sliding_window_view(self.token_ids, width)
+        begin = self.offsets[rows] + start
+        found = np.empty((len(rows), width), np.int32)
+        for part in self._in_file_order(begin, _MAX_MAPPED_ROWS):
+            found[part] = windows[begin[part]]
+        is_beyond = np.arange(width) >= (self.offsets[rows + 1] - begin)[:, None]
+        return np.where(is_beyond, np.iinfo(np.int32).min, found)
+
+    def _in_file_order(self, begin: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+        """Places in `begin`, up to `size` at one time, so that the file is read from its begin to its end.
+
+        The pages that were read are given back; otherwise the whole file would come to count as this process's memory.
+        """
+        order = np.argsort(begin, kind="stable")
+        for place in range(0, len(order), size):
+            yield order[place : place + size]
+            if place // _MAX_MAPPED_ROWS != (place + size) // _MAX_MAPPED_ROWS:
+                self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager
 def open_prompt_tokens(path: Path, folder: Path) -> Iterator[PromptTokens]:
-    """The column `prompt_token_ids` of the Parquet file `path`, kept in an unnamed temporary file in `folder`."""
-    lengths: list[NDArray[np.int64]] = []
-    with TemporaryFile(dir=folder) as file, pq.ParquetFile(path) as parquet:
-        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=["prompt_token_ids"], use_threads=False):
-            prompts = batch.column(0)
-            lengths.append(np.diff(prompts.offsets.to_numpy(zero_copy_only=False)).astype(np.int64))
-            prompts.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False).tofile(file)
-        np.zeros(_MAX_SLICE, np.int32).tofile(file)  # so that a slice may reach beyond the last prompt
-        file.flush()
-        offsets = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum()
+    """The column `prompt_token_ids` of the Parquet file `path`, from a file in `folder` that is made where it must be.
+
+    It stays there for the step that comes next, until `remove_prompt_tokens`.
+    """
+    kept = folder / _FILE
+    if not _is_of(kept, path):
+        remove_prompt_tokens(folder)
+        try:
+            _write(path, kept)
+        except BaseException:
+            remove_prompt_tokens(folder)
+            raise
+    with kept.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        mapped.madvise(mmap.MADV_RANDOM)  # reading ahead would fetch 30 times what is used where memory is short
-        yield PromptTokens(mapped, np.frombuffer(mapped, dtype=np.int32), offsets)
+        num_rows = int(np.frombuffer(mapped, np.int64, 1, len(mapped) - _DIGEST_BYTES - 8)[0])
+        offsets = np.frombuffer(mapped, np.int64, num_rows + 1, len(mapped) - _DIGEST_BYTES - 8 * (num_rows + 2))
+        yield PromptTokens(file, mapped, np.frombuffer(mapped, np.int32), offsets.copy())
+
+
+def remove_prompt_tokens(folder: Path) -> None:
+    """Remove what `open_prompt_tokens` keeps in `folder`."""
+    (folder / _FILE).unlink(missing_ok=True)
+
+
+def _is_of(kept: Path, path: Path) -> bool:
+    """Whether `kept` is whole and was made of the file that `path` is now."""
+    if not kept.is_file() or kept.stat().st_size < _DIGEST_BYTES:
+        return False
+    with kept.open("rb") as file:
+        file.seek(-_DIGEST_BYTES, os.SEEK_END)
+        return file.read() == _digest(path, file.tell())
+
+
+def _digest(path: Path, num_bytes: int) -> bytes:
+    """What a whole file of `num_bytes` made of `path` ends with.
+
+    A machine that went down may have lost pages of it, as it is never synced: its start counts as well.
+    """
+    source = path.stat()
+    identity = (source.st_ino, source.st_size, source.st_mtime_ns, int(psutil.boot_time()), num_bytes)
+    return hashlib.sha256(repr(identity).encode()).digest()
+
+
+def _write(path: Path, kept: Path) -> None:
+    """Tokens, zeros so that a window may reach beyond the last prompt, offsets, number of rows, digest."""
+    lengths = [np.zeros(1, np.int64)]
+    with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as parquet, kept.open("xb") as file:
+        for prompts in _read_ahead(parquet):
+            lengths.append(np.diff(prompts.offsets.to_numpy(zero_copy_only=False)).astype(np.int64))
+            file.write(prompts.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False).data)
+        offsets = np.concatenate(lengths).cumsum()
+        file.write(bytes(4 * (MAX_WIDTH + int(offsets[-1]) % 2)))  # the offsets begin at a multiple of 8
+        file.write(np.append(offsets, len(offsets) - 1).data)
+        file.write(_digest(path, file.tell() + _DIGEST_BYTES))
+
+
+def _read_ahead(parquet: pq.ParquetFile) -> Iterator[pa.ListArray]:
+    """The prompts of each batch; the next one is decoded while the caller works on this one."""
+    batches = parquet.iter_batches(batch_size=_BATCH_ROWS, columns=["prompt_token_ids"], use_threads=False)
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(next, batches, None)
+        while (batch := ahead.result()) is not None:
+            ahead = reader.submit(next, batches, None)
+            yield batch.column(0)

@@ -1,6 +1,6 @@
 -- Every request with its place in the sorted order and, where asked for, the earlier request that answers it too.
--- neighbours: the requests in the order of sorted_prompts, with their places in it and the tokens that each shares with
--- the one before.
+-- neighbours: the requests in lexical order of their tokens, with their places in it and the tokens that each shares
+-- with the one before.
 with
 
 neighbours as (

@@ -1,4 +1,4 @@
-"""`sorted_prompts`, `sorted_requests`, `completed_requests` on small tables."""
+"""`sorted_requests`, `completed_requests` on small tables."""
 
 from __future__ import annotations
 
@@ -7,14 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.golden.relations import rows_of
-
-
-def test_prompts_sort_by_their_tokens_as_signed_numbers_prefixes_first(tmp_path):
-    prompts = [[2], [10], [1, 9], [1], [1, 9], [1, 10, 0]]
-    table = pa.table({"prompt_token_ids": pa.array(prompts, pa.list_(pa.int32()))})
-    pq.write_table(table, tmp_path / "prompts.parquet")
-    rows = rows_of(tmp_path, "sorted_prompts", {}, prompts=str(tmp_path / "prompts.parquet"))
-    assert [row["file_position"] for row in rows] in ([3, 2, 4, 5, 0, 1], [3, 4, 2, 5, 0, 1])
 
 
 @pytest.mark.parametrize(("dedupe", "expected"), [(True, [None, 4, None, None, None, 6]), (False, [None] * 6)])

@@ -9,7 +9,6 @@ import pytest
 
 from blendserve.planner import database
 from blendserve.planner.database import compute, default_memory_bytes, open_database, write_relation
-from blendserve.planner.sorted_prompts import sort_prompts
 from blendserve.schemas import OUTPUT_LENGTH_ESTIMATES
 
 
@@ -21,8 +20,9 @@ def test_a_sort_larger_than_its_memory_spills_and_cleans_up(tmp_path):
     path = tmp_path / "prompts.parquet"
     pq.write_table(pa.table({"prompt_token_ids": pa.ListArray.from_arrays(offsets, pa.array(tokens))}), path)
     with open_database(tmp_path / "spill", memory_bytes=48 * 2**20) as connection:
-        table = compute(connection, "sorted_prompts", parameters={"prompts": str(path)})
-    rows = tokens.reshape(num_rows, num_tokens)[table.column("file_position").to_numpy()]
+        query = "select * from read_parquet($path) order by prompt_token_ids"
+        table = connection.sql(query, params={"path": str(path)}).to_arrow_table()
+    rows = table.column("prompt_token_ids").combine_chunks().flatten().to_numpy().reshape(num_rows, num_tokens)
     expected = np.lexsort(tokens.reshape(num_rows, num_tokens).T[::-1])
     assert np.array_equal(rows, tokens.reshape(num_rows, num_tokens)[expected])
     assert list((tmp_path / "spill").iterdir()) == []
@@ -30,8 +30,10 @@ def test_a_sort_larger_than_its_memory_spills_and_cleans_up(tmp_path):
 
 def test_paths_are_bound_and_never_part_of_the_statement(tmp_path):
     path = tmp_path / "it's; drop table x --.parquet"
-    pq.write_table(pa.table({"prompt_token_ids": pa.array([[2], [1]], pa.list_(pa.int32()))}), path)
-    assert sort_prompts(path, tmp_path).file_position.tolist() == [1, 0]
+    pq.write_table(pa.table({"request_id": ["a", "b", "a"], "row_index": [0, 1, 2]}), path)
+    with open_database(tmp_path / "spill") as connection:
+        table = compute(connection, "duplicate_request_ids", parameters={"requests": str(path)})
+    assert table.column("request_id").to_pylist() == ["a"]
 
 
 def test_a_relation_is_written_whole_or_not_at_all(tmp_path):

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blendserve.planner.prefix_tree import build_prefix_tree, range_minimum
-from blendserve.planner.prompt_tokens import open_prompt_tokens
 from blendserve.planner.sorted_prompts import sort_prompts
 
 PROMPTS = st.lists(st.lists(st.integers(-1, 2), max_size=7), max_size=25)
+LONG_PROMPTS = st.lists(st.lists(st.integers(0, 1), max_size=700), max_size=8)
 
 
 def shared_with_previous(prompts: list[list[int]]) -> np.ndarray:
@@ -94,24 +94,11 @@ def test_a_chain_as_deep_as_it_is_long():
 
 
 @settings(max_examples=40, deadline=None)
-@given(prompts=st.lists(st.lists(st.integers(0, 1), max_size=700), min_size=1, max_size=8), data=st.data())
-def test_common_prefix_lengths_are_exact(tmp_path_factory, prompts, data):
-    # Copies of a prompt make prefixes long enough for every slice size.
+@given(prompts=PROMPTS | LONG_PROMPTS, data=st.data())
+def test_sorted_prompts_are_those_of_python(tmp_path_factory, prompts, data):
+    # Copies of a prompt, cut or gone on with, share more than is compared at one time.
     prompts = prompts + [[*prompt, 5] for prompt in prompts] + [prompt[: len(prompt) // 2] for prompt in prompts]
-    folder = tmp_path_factory.mktemp("prompts")
-    pq.write_table(pa.table({"prompt_token_ids": pa.array(prompts, pa.list_(pa.int32()))}), folder / "p.parquet")
-    places = st.lists(st.integers(0, len(prompts) - 1), min_size=20, max_size=20)
-    first, second = np.array(data.draw(places)), np.array(data.draw(places))
-    with open_prompt_tokens(folder / "p.parquet", folder) as tokens:
-        lengths = tokens.common_prefix_lengths(first, second)
-        assert tokens.take(first).to_pylist() == [prompts[place] for place in first]
-    expected = [common_prefix_length([prompts[a], prompts[b]]) for a, b in zip(first, second, strict=True)]
-    assert lengths.tolist() == expected
-
-
-@settings(max_examples=20, deadline=None)
-@given(prompts=PROMPTS)
-def test_sorted_prompts_are_those_of_python(tmp_path_factory, prompts):
+    prompts = data.draw(st.permutations(prompts))
     folder = tmp_path_factory.mktemp("prompts")
     pq.write_table(pa.table({"prompt_token_ids": pa.array(prompts, pa.list_(pa.int32()))}), folder / "p.parquet")
     found = sort_prompts(folder / "p.parquet", folder)
@@ -119,6 +106,15 @@ def test_sorted_prompts_are_those_of_python(tmp_path_factory, prompts):
     assert found.file_position.tolist() == expected
     assert found.num_prompt_tokens.tolist() == [len(prompts[place]) for place in expected]
     assert found.shared_prefix_tokens.tolist() == shared_with_previous([prompts[place] for place in expected]).tolist()
+
+
+def test_prompts_that_end_sort_before_those_that_go_on_with_the_least_number(tmp_path):
+    least = np.iinfo(np.int32).min  # what stands for the tokens beyond a prompt's end
+    prompts = [[1, least, 5], [1, least], [1], [1, least, least], [1]]
+    pq.write_table(pa.table({"prompt_token_ids": pa.array(prompts, pa.list_(pa.int32()))}), tmp_path / "p.parquet")
+    found = sort_prompts(tmp_path / "p.parquet", tmp_path)
+    assert found.file_position.tolist() == [2, 4, 1, 3, 0]
+    assert found.shared_prefix_tokens.tolist() == [0, 1, 1, 2, 2]
 
 
 @settings(deadline=None)
