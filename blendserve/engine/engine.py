@@ -90,18 +90,12 @@ class LLMEngine:
         dtype = resolve_dtype(spec, device)
         self.device_name = describe_device(device)
         self.max_model_len = min(spec.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
-        self._spec = spec
         self.limits = limits = resolve_limits(spec, device)
         eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
         self._completions = CompletionMaker(Detokenizer(model_folder, sampling.stop), eos_token_ids)
         if spec.overlap == "on" and device.type == "cuda" and not limits.is_batch_invariant:
             overlap = overlap or overlap_policy(self.device_name, ProfiledModel.of(config))
-        is_invariant = limits.is_batch_invariant
-        if spec.load_format == "dummy":
-            weights = dummy_weights(config, dtype, device, is_batch_invariant=is_invariant)
-        else:
-            weights = load_weights(model_folder, config, dtype, device, is_batch_invariant=is_invariant)
-        model = LlamaModel(config, weights, self.max_model_len)
+        model = self._load_model(model_folder, spec, dtype, device)
         bytes_per_block = block_bytes(config, limits.block_size, dtype)
         num_blocks = spec.num_blocks or self._size_cache(model, bytes_per_block, max_useful_tokens, max_requests)
         self.kv_bytes_per_token = bytes_per_block // limits.block_size
@@ -114,7 +108,7 @@ class LLMEngine:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             max_model_len=self.max_model_len,
-            is_batch_invariant=is_invariant,
+            is_batch_invariant=limits.is_batch_invariant,
             overlap=overlap,
         )
         self._paced_tokens = overlap.paced_tokens if overlap else None
@@ -267,6 +261,14 @@ class LLMEngine:
             "num_preempted": batch.num_preempted,
             "kv_read_bytes": int((batch.decode_positions + 1).sum()) * self.kv_bytes_per_token,
         }
+
+    def _load_model(self, folder: Path, spec: EngineSpec, dtype: torch.dtype, device: torch.device) -> LlamaModel:
+        is_invariant = self.limits.is_batch_invariant
+        if spec.load_format == "dummy":
+            weights = dummy_weights(self.config, dtype, device, is_batch_invariant=is_invariant)
+        else:
+            weights = load_weights(folder, self.config, dtype, device, is_batch_invariant=is_invariant)
+        return LlamaModel(self.config, weights, self.max_model_len)
 
     def _size_cache(
         self, model: LlamaModel, bytes_per_block: int, max_useful_tokens: int | None, max_requests: int
