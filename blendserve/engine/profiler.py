@@ -11,7 +11,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from blendserve.engine.model_runner import ModelRunner
 from blendserve.engine.overlap import OverlapPolicy
 from blendserve.engine.request import Request
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
+from blendserve.engine.step_mixes import DECODE_MIXES, PREFILL_MIXES, SIDE_BY_SIDE_MIXES, MixLimits, StepMix
 from blendserve.errors import BlendServeError
 from blendserve.hardware_profile import (
     PROFILES,
@@ -46,49 +46,6 @@ _FREE_TOKENS = range(0, 1025, 8)  # how many tokens may take no longer than one,
 _LEAST_SECONDS = 1e-15  # of a unit of work that costs too little to be seen
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StepMix:
-    """What a measured step consists of: decodes at one context, and prompts of one length prefilled whole."""
-
-    num_decodes: int = 0
-    context_tokens: int = 0
-    num_chunks: int = 0
-    chunk_tokens: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_decodes + self.num_chunks * self.chunk_tokens
-
-    def features(self, kv_bytes_per_token: int) -> list[float]:
-        """One, tokens, sampled tokens, attended pairs, whether anything decodes, KV cache bytes read."""
-        pairs = self.num_chunks * self.chunk_tokens * (self.chunk_tokens + 1) / 2
-        kv_bytes = self.num_decodes * self.context_tokens * kv_bytes_per_token
-        sampled = self.num_decodes + self.num_chunks
-        return [1.0, self.num_tokens, sampled, pairs, float(self.num_decodes > 0), kv_bytes]
-
-
-SIDE_BY_SIDE_MIXES = tuple(
-    StepMix(num_decodes, 768, num_chunks, 512) for num_decodes in (256, 512) for num_chunks in (2, 3, 4)
-)
-
-
-def mixes(max_num_seqs: int, max_num_batched_tokens: int, capacity_tokens: int) -> list[StepMix]:
-    """The steps to measure that fit these limits."""
-    prefill = [
-        StepMix(num_chunks=tokens // chunk, chunk_tokens=chunk)
-        for tokens in (128, 256, 512, 1024, 2048, 4096, 8192)
-        for chunk in (128, 512, 2048, 8192)
-        if chunk <= tokens <= max_num_batched_tokens
-    ]
-    decode = [
-        StepMix(num_decodes=number, context_tokens=context)
-        for number in (1, 8, 32, 64, 128, 256, 512, 1024)
-        for context in (64, 256, 1024, 4096)
-        if number <= max_num_seqs and number * (context + 256) <= capacity_tokens
-    ]
-    return prefill + decode
 
 
 class StepTimer:
@@ -187,10 +144,15 @@ def fit_steps(features: NDArray[np.float64], seconds: NDArray[np.float64]) -> tu
 
 def measure(engine: LLMEngine, *, commit: str) -> HardwareProfile:
     """The profile of the device that `engine` runs on, with its model."""
-    limits, runner, kv_bytes = engine.limits, engine.runner, engine.kv_bytes_per_token
-    timer = StepTimer(runner, num_blocks=engine.num_blocks, block_size=limits.block_size)
-    capacity = engine.num_blocks * limits.block_size
-    measured = mixes(limits.max_num_seqs, limits.max_num_batched_tokens, capacity)
+    runner, kv_bytes = engine.runner, engine.kv_bytes_per_token
+    timer = StepTimer(runner, num_blocks=engine.num_blocks, block_size=engine.limits.block_size)
+    limits = MixLimits(
+        max_num_seqs=engine.limits.max_num_seqs,
+        max_num_batched_tokens=engine.limits.max_num_batched_tokens,
+        max_model_len=engine.max_model_len,
+        capacity_tokens=engine.num_blocks * engine.limits.block_size,
+    )
+    measured = limits.fit([*PREFILL_MIXES, *DECODE_MIXES])
     seconds = np.array([timer.seconds(mix) for mix in measured])
     features = np.array([mix.features(kv_bytes) for mix in measured])
     coefficients, free_tokens = fit_steps(features, seconds)
@@ -203,7 +165,8 @@ def measure(engine: LLMEngine, *, commit: str) -> HardwareProfile:
         parts[1] = max(parts[1] - free_tokens, 0)
         return float((coefficients * parts)[:4].sum()), float((coefficients * parts)[4:].sum())
 
-    tried = _try_side_by_side(timer, runner, capacity)
+    on_gpu = limits.fit(SIDE_BY_SIDE_MIXES) if runner.model.device.type == "cuda" else []
+    tried = [(mix, _side_by_side(mix, timer, runner)) for mix in on_gpu]
     fixed, token, sampled, pair, decode_fixed, kv_byte = np.maximum(coefficients, [0, *[_LEAST_SECONDS] * 3, 0, 1e-18])
     config, device = engine.config, runner.model.device
     return HardwareProfile(
@@ -223,29 +186,23 @@ def measure(engine: LLMEngine, *, commit: str) -> HardwareProfile:
     )
 
 
-def _try_side_by_side(timer: StepTimer, runner: ModelRunner, capacity_tokens: int) -> list[tuple[StepMix, SideBySide]]:
-    """Steps with much of decodes and of prefill, each with the number of SMs for attention that makes it fastest."""
-    tried, policy = [], runner.overlap
-    for mix in SIDE_BY_SIDE_MIXES if runner.model.device.type == "cuda" else ():
-        if mix.num_decodes * (mix.context_tokens + 256) > capacity_tokens:
-            continue
-        runner.overlap = None
-        alone = timer.seconds(mix, _LASTING_REPETITIONS)
-        ways = []
-        for num_programs in _PROGRAMS:
-            sides = SideBySide(
-                num_kv_tokens=mix.num_decodes * mix.context_tokens,
-                num_prefill_tokens=mix.num_chunks * mix.chunk_tokens,
-                num_programs=num_programs,
-                gain=_ALWAYS,
-            )
-            runner.overlap = OverlapPolicy((sides,))
-            gain = alone / timer.seconds(mix, _LASTING_REPETITIONS)
-            log.info("%s: %.1f ms in one piece; %d SMs for attention: %.3f times", mix, 1e3 * alone, num_programs, gain)
-            ways.append(sides.model_copy(update={"gain": gain}))
-        tried.append((mix, max(ways, key=lambda way: way.gain)))
+def _side_by_side(mix: StepMix, timer: StepTimer, runner: ModelRunner) -> SideBySide:
+    """`mix` with decodes and chunks side by side, with the number of SMs for attention that makes it fastest."""
+    ways, policy, runner.overlap = [], runner.overlap, None
+    alone = timer.seconds(mix, _LASTING_REPETITIONS)
+    for num_programs in _PROGRAMS:
+        sides = SideBySide(
+            num_kv_tokens=mix.num_decodes * mix.context_tokens,
+            num_prefill_tokens=mix.num_chunks * mix.chunk_tokens,
+            num_programs=num_programs,
+            gain=_ALWAYS,
+        )
+        runner.overlap = OverlapPolicy((sides,))
+        gain = alone / timer.seconds(mix, _LASTING_REPETITIONS)
+        log.info("%s: %.1f ms in one piece; %d SMs for attention: %.3f times", mix, 1e3 * alone, num_programs, gain)
+        ways.append(sides.model_copy(update={"gain": gain}))
     runner.overlap = policy
-    return tried
+    return max(ways, key=lambda way: way.gain)
 
 
 def interference(tried: Sequence[tuple[StepMix, SideBySide]], cost: Callable[[StepMix], tuple[float, float]]) -> float:

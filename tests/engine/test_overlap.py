@@ -15,7 +15,7 @@ from blendserve.engine.step_metrics import StepMetrics
 from blendserve.hardware_profile import SideBySide, write_profile
 from blendserve.planner.performance_model import cost_constants, load_hardware, load_model_shape, step_floor_seconds
 from tests.engine.engine_runs import ListSource, generate, make_engine, make_prompts, run_engine, stated_requests
-from tests.planner.test_hardware_profile import H100, make_profile
+from tests.profiles import H100, make_profile
 
 PROMPTS = make_prompts(16, seed=2)
 ALWAYS = OverlapPolicy(

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blendserve.engine import profiler
-from blendserve.engine.profiler import StepMix, fit, fit_steps, interference, main, mixes
+from blendserve.engine.profiler import fit, fit_steps, interference, main
+from blendserve.engine.step_mixes import DECODE_MIXES, PREFILL_MIXES, SIDE_BY_SIDE_MIXES, MixLimits, StepMix
 from blendserve.hardware_profile import SideBySide, load_profile
 from blendserve.planner.performance_model import load_hardware, load_model_shape
 
-MIXES = mixes(max_num_seqs=1024, max_num_batched_tokens=8192, capacity_tokens=400_000)
+ALL = [*PREFILL_MIXES, *DECODE_MIXES, *SIDE_BY_SIDE_MIXES]
+MIXES = MixLimits(1024, 8192, 131_072, 400_000).fit(ALL)
 
 
 @settings(max_examples=50, deadline=None)
@@ -46,9 +48,11 @@ def test_no_cost_is_negative() -> None:
 
 
 def test_steps_fit_the_limits() -> None:
-    small = mixes(max_num_seqs=64, max_num_batched_tokens=512, capacity_tokens=20_000)
+    small = MixLimits(max_num_seqs=64, max_num_batched_tokens=512, max_model_len=256, capacity_tokens=20_000).fit(ALL)
     assert all(mix.num_tokens <= 512 and mix.num_decodes <= 64 for mix in small)
+    assert all(max(mix.context_tokens, mix.chunk_tokens) <= 256 for mix in small)
     assert all(mix.num_decodes * mix.context_tokens <= 20_000 for mix in small)
+    assert {mix.chunk_tokens for mix in small} == {0, 128} and max(mix.num_decodes for mix in small) == 32
     assert StepMix(num_decodes=3, context_tokens=10).features(7) == [1.0, 3, 3, 0, 1.0, 210]
 
 
@@ -68,7 +72,8 @@ def test_a_profile_is_measured_and_planned_with(llama: Path, tmp_path: Path, mon
         StepMix(num_decodes=2, context_tokens=16),
         StepMix(num_decodes=16, context_tokens=64),
     ]
-    monkeypatch.setattr(profiler, "mixes", lambda *_limits: measured)
+    monkeypatch.setattr(profiler, "PREFILL_MIXES", measured[:2])
+    monkeypatch.setattr(profiler, "DECODE_MIXES", measured[2:])
     output = tmp_path / "profile.json"
     assert main([str(llama), "--output", str(output), "--load-format", "dummy", "--commit", "abc"]) == 0
     profile = load_profile(output)

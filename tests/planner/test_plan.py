@@ -30,7 +30,7 @@ from blendserve.schemas import (
     SORTED_REQUESTS,
 )
 from tests.planner.jobs import make_spec, scheduled_rows, write_completions, write_job, write_model
-from tests.planner.test_hardware_profile import make_profile
+from tests.profiles import make_profile
 
 LLAMA = BUILT_IN_MODELS["llama-3.1-8b"]
 POLICIES = ["blend", "dfs", "fcfs", "random", "longest"]
