@@ -97,21 +97,25 @@ def _figure(steps: Steps, overall: float | None, *, is_two_ended: bool) -> go.Fi
         right = _front("right front", end_positions[marked] - inside, density[ends][marked], RIGHT, "triangle-left")
         figure.add_trace(right)
     if overall is not None and overall > 0:
-        figure.add_hline(y=overall, line={"color": MUTED, "width": 1.2, "dash": "dash"})
-        figure.add_annotation(
-            text=f"overall {format_ratio(overall)}",
-            font={"color": MUTED, "size": 12},
-            x=1,
-            xref="paper",
-            xanchor="right",
-            y=np.log10(overall),
-            yanchor="bottom",
-            showarrow=False,
-        )
+        _mark_overall(figure, overall)
     style(figure, height=340)
     figure.update_xaxes(title_text="requests in plan order", rangemode="tozero")
     figure.update_yaxes(title_text="density (log scale)", **log_ticks(np.append(density, overall or np.nan)))
     return figure
+
+
+def _mark_overall(figure: go.Figure, overall: float) -> None:
+    figure.add_hline(y=overall, line={"color": MUTED, "width": 1.2, "dash": "dash"})
+    figure.add_annotation(
+        text=f"overall {format_ratio(overall)}",
+        font={"color": MUTED, "size": 12},
+        x=1,
+        xref="paper",
+        xanchor="right",
+        y=np.log10(overall),
+        yanchor="bottom",
+        showarrow=False,
+    )
 
 
 def _front(

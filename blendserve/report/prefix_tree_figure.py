@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -88,38 +90,22 @@ def _read_prefixes(job: JobFiles) -> Prefixes | None:
     )
 
 
+class _Box(NamedTuple):
+    """What is drawn for a prefix, or for all small ones below it together."""
+
+    id: str
+    parent: str
+    label: str
+    color: str
+    ink: str
+    num_tokens: int
+    hover: str
+
+
 def _icicle(prefixes: Prefixes) -> go.Figure:
-    num_prefixes = len(prefixes.parent)
-    saved_share = prefixes.num_saved_tokens / np.maximum(prefixes.num_tokens, 1)
-    shade = np.minimum((saved_share * _SHADES).astype(int), _SHADES - 1)
-    ids = [f"prefix {place}" for place in range(num_prefixes)]
-    parents = [f"prefix {place}" if place >= 0 else "" for place in prefixes.parent]
-    labels = [
-        f"{f'first {format_count(depth)} tokens' if depth else 'all prompts'} · {_requests(count)}"
-        for depth, count in zip(prefixes.depth_tokens, prefixes.num_requests, strict=True)
-    ]
-    colors = [f"var(--tree-{place})" for place in shade]
-    inks = [f"var(--tree-ink-{place})" for place in shade]
-    hover = [
-        f"{_requests(requests)} with {format_count(tokens)} prompt tokens"
-        f"{f', all beginning with the same {format_count(depth)}' if depth else ''}<br>"
-        f"{format_share(saved)} of the tokens repeat what another of these requests has computed"
-        for requests, depth, tokens, saved in zip(
-            prefixes.num_requests, prefixes.depth_tokens, prefixes.num_tokens, saved_share, strict=True
-        )
-    ]
-    tokens = prefixes.num_tokens.tolist()
-    for place, num_requests, num_tokens in _merged(prefixes):
-        ids.append(f"rest of {place}")
-        parents.append(f"prefix {place}")
-        labels.append(f"other · {_requests(num_requests)}")
-        colors.append("var(--tree-rest)")
-        inks.append("var(--tree-ink-0)")
-        tokens.append(num_tokens)
-        hover.append(
-            f"{_requests(num_requests)} with {format_count(num_tokens)} prompt tokens, which part ways after "
-            f"{format_count(prefixes.depth_tokens[place])}<br>tokens or share more only in small groups"
-        )
+    ids, parents, labels, colors, inks, tokens, hover = (
+        list(values) for values in zip(*_prefix_boxes(prefixes), *_rest_boxes(prefixes), strict=True)
+    )
     icicle = go.Icicle(
         ids=ids,
         parents=parents,
@@ -136,6 +122,45 @@ def _icicle(prefixes: Prefixes) -> go.Figure:
         tiling={"pad": 1},
     )
     return style(go.Figure(icicle), height=480, uniformtext={"minsize": 9, "mode": "hide"})
+
+
+def _prefix_boxes(prefixes: Prefixes) -> Iterator[_Box]:
+    saved_share = prefixes.num_saved_tokens / np.maximum(prefixes.num_tokens, 1)
+    shade = np.minimum((saved_share * _SHADES).astype(int), _SHADES - 1)
+    for place, parent in enumerate(prefixes.parent.tolist()):
+        depth, requests = int(prefixes.depth_tokens[place]), _requests(int(prefixes.num_requests[place]))
+        num_tokens = int(prefixes.num_tokens[place])
+        hover = (
+            f"{requests} with {format_count(num_tokens)} prompt tokens"
+            f"{f', all beginning with the same {format_count(depth)}' if depth else ''}<br>"
+            f"{format_share(saved_share[place])} of the tokens repeat what another of these requests has computed"
+        )
+        yield _Box(
+            id=f"prefix {place}",
+            parent=f"prefix {parent}" if parent >= 0 else "",
+            label=f"{f'first {format_count(depth)} tokens' if depth else 'all prompts'} · {requests}",
+            color=f"var(--tree-{shade[place]})",
+            ink=f"var(--tree-ink-{shade[place]})",
+            num_tokens=num_tokens,
+            hover=hover,
+        )
+
+
+def _rest_boxes(prefixes: Prefixes) -> Iterator[_Box]:
+    for place, num_requests, num_tokens in _merged(prefixes):
+        hover = (
+            f"{_requests(num_requests)} with {format_count(num_tokens)} prompt tokens, which part ways after "
+            f"{format_count(prefixes.depth_tokens[place])}<br>tokens or share more only in small groups"
+        )
+        yield _Box(
+            id=f"rest of {place}",
+            parent=f"prefix {place}",
+            label=f"other · {_requests(num_requests)}",
+            color="var(--tree-rest)",
+            ink="var(--tree-ink-0)",
+            num_tokens=num_tokens,
+            hover=hover,
+        )
 
 
 def _requests(count: int) -> str:
