@@ -2,13 +2,15 @@
 
     python benchmarks/planner/scale.py --requests 1000000 --tokens 1000 --output results.json
 
-Each measurement is a process of its own, so that its peak memory is its own.
+Each measurement is a process of its own, so that its peak memory and its processor time are its own; the load averages
+before and after say how much the machine had to do besides.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -112,10 +114,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure:
         figures = MEASUREMENTS[arguments.measure](JobFolder(Path(arguments.folder)))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({**figures, "peak_memory_bytes": peak}))
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        figures |= {"user_seconds": used.ru_utime, "system_seconds": used.ru_stime}
+        print(json.dumps({**figures, "peak_memory_bytes": used.ru_maxrss * 1024}))
         return
-    origin = provenance()
+    origin, load_before = provenance(), os.getloadavg()[0]
     with TemporaryDirectory(dir=arguments.folder) as root:
         write_table(JobFolder(Path(root)), arguments.requests, arguments.tokens)
         figures = {name: measure(name, root) for name in MEASUREMENTS}
@@ -123,6 +126,7 @@ def main() -> None:
         **origin,
         **figures,
         "times_duckdb": figures["planner"]["seconds"] / figures["duckdb"]["seconds"],
+        "load_average": {"before": load_before, "after": os.getloadavg()[0]},
     }
     print(json.dumps(result, indent=1))
     if arguments.output:
