@@ -1,7 +1,8 @@
 """Sorting prompts by their tokens and finding what neighbours share, both in one pass over the shared prefixes.
 
 Prompts that are equal so far are a group. What all of a group share is skipped; the few tokens after it split the group
-into those that go their own way and smaller groups. Memory is a few numbers a prompt, the tokens stay in their file.
+into those that go their own way and smaller groups. DuckDB sorts by these few, NumPy compares. Memory is a few numbers
+a prompt, the tokens stay in their file.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import duckdb
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from blendserve.planner.database import compute, open_database
 from blendserve.planner.prompt_tokens import MAX_WIDTH, PromptTokens, open_prompt_tokens
 
-_KEY_TOKENS: Final = 4  # that a group is sorted by at one time
+_KEY_TOKENS: Final = 4  # that a group is sorted by at one time, as split_groups.sql has them
 _FIRST_WIDTH: Final = 8  # most groups share no more
 
 
@@ -30,17 +34,18 @@ class SortedPrompts:
 
 def sort_prompts(path: Path, folder: Path) -> SortedPrompts:
     """Sort the column `prompt_token_ids` of the Parquet file `path`; its flat copy stays in `folder`."""
-    with open_prompt_tokens(path, folder) as prompts:
+    with open_prompt_tokens(path, folder) as prompts, open_database(folder) as database:
         lengths = prompts.lengths
         order = np.arange(len(lengths))
         shared = np.zeros(len(lengths), np.int64)
         places, group, depth = order.copy(), np.zeros_like(order), np.zeros_like(order)
         while len(places):
-            places, group, depth = _split_groups(prompts, order, shared, places, group, depth)
+            places, group, depth = _split_groups(database, prompts, order, shared, places, group, depth)
     return SortedPrompts(order, lengths[order], shared.astype(np.int32))
 
 
 def _split_groups(
+    database: duckdb.DuckDBPyConnection,
     prompts: PromptTokens,
     order: NDArray[np.int64],
     shared: NDArray[np.int64],
@@ -57,7 +62,7 @@ def _split_groups(
     depth = depth + _shared_by_group(prompts, rows, group, depth)
     left = prompts.lengths[rows] - depth
     keys = prompts.windows(rows, depth, _KEY_TOKENS)
-    by = np.lexsort((left, *keys.T[::-1], group))  # by `left`, as a prompt's end looks like the least token
+    by = _sorted_within_groups(database, group, keys, left)
     order[places], left, keys = rows[by], left[by], keys[by]
     differs = keys[1:] != keys[:-1]
     limit = np.minimum(left[1:], left[:-1])
@@ -68,6 +73,16 @@ def _split_groups(
     begins = np.append(True, ~goes_on)
     stays = ~begins | np.append(goes_on, False)
     return places[stays], np.cumsum(begins)[stays], (depth + _KEY_TOKENS)[stays]
+
+
+def _sorted_within_groups(
+    database: duckdb.DuckDBPyConnection, group: NDArray[np.int64], keys: NDArray[np.int32], left: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """int64 [num_rows]: the rows in lexical order of `keys` [num_rows, _KEY_TOKENS], group by group."""
+    tokens = {f"token_{number}": keys[:, number] for number in range(_KEY_TOKENS)}
+    columns = {"place": np.arange(len(group)), "group_number": group, **tokens, "num_tokens_left": left}
+    found = compute(database, "split_groups", tables={"unsettled": pa.table(columns)})
+    return np.asarray(found.column("place").to_numpy(), np.int64)
 
 
 def _shared_by_group(

@@ -1,0 +1,36 @@
+-- The prompts whose place isn't settled yet, group by group in lexical order of the tokens after those that a group
+-- shares.
+-- unsettled: the place that a prompt has so far, its group, the next tokens, and how many are left, by which a prompt's
+-- end is told from the least token. Equal prompts stay in the order that they have.
+with
+
+unsettled as (
+
+    select
+        place,
+        group_number,
+        token_0,
+        token_1,
+        token_2,
+        token_3,
+        num_tokens_left
+    from unsettled
+
+),
+
+final as (
+
+    select place
+    from unsettled
+    order by
+        group_number asc,
+        token_0 asc,
+        token_1 asc,
+        token_2 asc,
+        token_3 asc,
+        num_tokens_left asc,
+        place asc
+
+)
+
+select * from final
