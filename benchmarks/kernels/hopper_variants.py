@@ -1,6 +1,6 @@
 """Times what the attention kernels for Hopper leave to constants, each variant over the same shapes, as a short table.
 
-    PYTHONPATH=kernels:. python benchmarks/kernels/hopper_variants.py [decode] [rotary] [shared_prefix] [prefill]
+    PYTHONPATH=kernels:. python benchmarks/kernels/hopper_variants.py [decode] [rotary] [prefill]
 
 Every variant is compared with the torch twin first, on contexts that are ragged.
 """
@@ -32,12 +32,6 @@ from blendserve_kernels.gluon_kernels import decode_attention as kernel
 from blendserve_kernels.prefill_attention import plan_prefill, prefill_attention
 from blendserve_kernels.rotary import rotary_and_store_kv
 from blendserve_kernels.triton_kernels import decode_attention as launcher
-from blendserve_kernels.triton_kernels.decode_attention import LaunchShape
-from blendserve_kernels.triton_kernels.shared_prefix_attention import (
-    SharedPrefixPlan,
-    plan_shared_prefix_triton,
-    shared_prefix_decode_attention_triton,
-)
 
 Constants = dict[tuple[ModuleType, str], object]
 
@@ -67,7 +61,6 @@ SHAPES = [
     (256, 2048, 2048, FEW_PROGRAMS),
     (1000, 100, 300, FEW_PROGRAMS),
 ]
-GROUPS = [(64, 4096, 64), (64, 4096, 128), (64, 4096, 512), (16, 4096, 128), (256, 1024, 128)]
 
 
 @contextmanager
@@ -171,54 +164,8 @@ def compare_behind_rotary(pool: KVPool) -> None:
             print(f"rotary, then decode {num_requests} x {context}, {name}: {seconds * 1e6:.1f} us", flush=True)
 
 
-def compare_shared_prefix(pool: KVPool) -> None:
-    """Print microseconds of shared-prefix decode, its prefix part in several ways, and of plain decode."""
-    tiles = LaunchShape(True, 64, 5, 4, 128)
-    ways: dict[str, tuple[LaunchShape | None, Constants]] = {
-        "prefix in decode's tiles": (tiles, {(launcher, "BEGIN_DURING_PREFIX"): False}),
-        "same, suffixes during it": (tiles, {}),
-        "splits on the prefill kernel": (None, {(launcher, "BEGIN_DURING_PREFIX"): False}),
-        "same, suffixes meanwhile": (None, {}),
-    }
-    for num_requests, prefix, suffix in GROUPS:
-        lens, q = _lens(num_requests, prefix + suffix, prefix + suffix), _queries(num_requests)
-        prefix_lens = torch.full_like(lens, prefix)
-        groups = (prefix_lens, *(torch.tensor([n], device="cuda", dtype=torch.int32) for n in (0, num_requests)))
-        tables = [*pool.parts(num_requests, prefix + suffix), *pool.parts(num_requests, prefix + suffix)][:4]
-        for table in tables:
-            table[:, : prefix // BLOCK_SIZE] = table[0, : prefix // BLOCK_SIZE].clone()
-        expected = decode_twin(pool, q, tables[0], lens)
-
-        def call(
-            table: torch.Tensor,
-            plan: SharedPrefixPlan,
-            q: torch.Tensor = q,
-            given: tuple[torch.Tensor, ...] = (lens, *groups),
-        ) -> torch.Tensor:
-            caches = (pool.k_cache, pool.v_cache)
-            return shared_prefix_decode_attention_triton(q, *caches, table, *given, SCALE, plan=plan)
-
-        plans = [plan_decode(pool.k_cache, table, lens, HEADS) for table in tables]
-        plain = [
-            partial(decode_attention, q, pool.k_cache, pool.v_cache, table, lens, SCALE, plan=plan)
-            for table, plan in zip(tables, plans, strict=True)
-        ]
-        plain_seconds = median_seconds(plain, 9)
-        print(f"shared prefix {num_requests} x ({prefix} + {suffix}): plain {plain_seconds * 1e6:.1f} us")
-        for name, (shape, constants) in ways.items():
-            with using(constants):
-                made = [
-                    plan_shared_prefix_triton(pool.k_cache, table, lens, *groups, HEADS, prefix_shape=shape)
-                    for table in tables
-                ]
-                for _ in range(3):
-                    check_close(name, call(tables[0], made[0]), expected)
-                seconds = median_seconds([partial(call, *layer) for layer in zip(tables, made, strict=True)], 9)
-            print(f"    {name:30} {seconds * 1e6:7.1f} us, {plain_seconds / seconds:.2f} times plain", flush=True)
-
-
 def compare_prefill(pool: KVPool) -> None:
-    """Print TFLOP/s of prefill attention, whose kernel the prefix part shares."""
+    """Print TFLOP/s of prefill attention."""
     for num_requests, num_tokens in ((1, 2048), (4, 2048), (1, 8192), (16, 512)):
         lens = torch.full((num_requests,), num_tokens, device="cuda", dtype=torch.int32)
         bounds = torch.arange(num_requests + 1, device="cuda", dtype=torch.int32) * num_tokens
@@ -239,7 +186,6 @@ if __name__ == "__main__":
     comparisons = {
         "decode": compare_decode,
         "rotary": compare_behind_rotary,
-        "shared_prefix": compare_shared_prefix,
         "prefill": compare_prefill,
     }
     for wanted in sys.argv[1:] or comparisons:

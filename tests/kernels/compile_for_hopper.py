@@ -12,7 +12,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from blendserve_kernels.gluon_kernels import decode_attention, linear, prefill_attention
+from blendserve_kernels.gluon_kernels import decode_attention, linear, prefill_attention, shared_prefix_attention
 
 
 class _NamedGpu:
@@ -43,12 +43,11 @@ def main() -> None:
     ints = torch.zeros(64, dtype=torch.int32)
     q, cache = torch.zeros(4, 8, 128, dtype=torch.bfloat16), torch.zeros(4, 2, 128, 128, dtype=torch.bfloat16)
     tables, out = ints.view(4, 16), torch.empty_like(q)
-    splits = torch.zeros(8, 4, 8, 128), torch.zeros(8, 4, 8)
-    plan = ints, ints, ints, ints
-    decode_attention.launch(q, cache, cache.clone(), 0.1, *plan, out, None, 48, begins_early=True)
-    decode_attention.launch(q, cache, cache.clone(), 0.1, *plan, out, splits, 132, waits_for_prefix=True)
+    plan, lse = (ints, ints, ints, ints), torch.zeros(8, 4, 8)
+    decode_attention.launch(q, cache, cache.clone(), 0.1, *plan, out, 48, begins_early=True)
     prefill_attention.launch(q, cache, cache.clone(), tables, 0.1, 4, ints, ints, out, 132)
-    prefill_attention.launch(q, cache, cache.clone(), tables, 0.1, 4, ints, ints, splits[0], 132, splits[1])
+    given = (q, cache, cache.clone(), tables, 0.1, 4, ints, ints)
+    shared_prefix_attention.launch(*given, *plan, ints, lse, out, 132)
     x, weight = torch.zeros(8, 128, dtype=torch.bfloat16), torch.zeros(512, 128, dtype=torch.bfloat16)
     linear.launch(x, weight, torch.empty(8, 256, dtype=torch.bfloat16), True, 132)
     linear.launch(x, weight, torch.empty(8, 512, dtype=torch.bfloat16), False, 132)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 
 import blendserve_kernels
 
-_SECONDS_UNTIL_DEADLOCK = 10.0
+_SECONDS_UNTIL_DEADLOCK = 30.0
 _PANEL = 64  # columns that lie together in shared memory
 
 
@@ -203,6 +204,8 @@ class _Run(threading.local):
     program: int
     num_programs: int
     in_flight: list[_Product]
+    errors: list[BaseException]  # of the whole launch
+    deadline: float
 
 
 _run = _Run()
@@ -223,6 +226,10 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
 
 
 def _atomic_add(pointer: Pointer, value: int, sem: str, scope: str) -> Value:
+    if value == 0:  # asked again and again, until another program has added something
+        time.sleep(1e-3)
+        if _run.errors or time.monotonic() > _run.deadline:
+            raise TimeoutError("deadlock: a counter stays as it is, or another program failed")
     with _atomics:
         before = _load(pointer).clone()
         _store(pointer, before + value)
@@ -233,25 +240,30 @@ def _where(condition: Any, a: Any, b: Any) -> Value:
     return _value(torch.where(torch.as_tensor(condition), *_pair(a, b)))
 
 
-def _warp_specialize(
-    partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], num_warps: list[int], num_regs: list[int]
-) -> None:
-    program, num_programs, errors = _run.program, _run.num_programs, []
+def _run_at_once(works: Sequence[Callable[[], None]]) -> None:
+    """Run some works as threads that know of their launch what this one does; raise the first error."""
+    known = dict(vars(_run))
 
-    def work(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        _run.program, _run.num_programs, _run.in_flight = program, num_programs, []
+    def attempt(work: Callable[[], None]) -> None:
+        vars(_run).update(known, in_flight=[])
         try:
-            function(*arguments)
+            work()
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
-            errors.append(error)
+            _run.errors.append(error)
 
-    threads = [threading.Thread(target=work, args=partition, daemon=True) for partition in partitions]
+    threads = [threading.Thread(target=attempt, args=(work,), daemon=True) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if errors:
-        raise errors[0]
+    if _run.errors:
+        raise _run.errors[0]
+
+
+def _warp_specialize(
+    partitions: list[tuple[Callable[..., None], tuple[Any, ...]]], num_warps: list[int], num_regs: list[int]
+) -> None:
+    _run_at_once([partial(function, *arguments) for function, arguments in partitions])
 
 
 def _passed(argument: Any) -> Any:
@@ -262,7 +274,7 @@ def _passed(argument: Any) -> Any:
 
 
 class _Kernel:
-    """A jitted function: called by another one, or launched over a grid, program after program."""
+    """A jitted function: called by another one, or launched over a grid, program after program or all at once."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -271,11 +283,26 @@ class _Kernel:
         return self.function(*arguments)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int, launch_pdl: bool = False, **constants: Any) -> None:
+        def launch(
+            *arguments: Any,
+            num_warps: int,
+            launch_pdl: bool = False,
+            launch_cooperative_grid: bool = False,
+            **constants: Any,
+        ) -> None:
             passed = [_passed(argument) for argument in arguments]
-            for program in range(grid[0]):
-                _run.program, _run.num_programs = program, grid[0]
+            _run.num_programs, _run.errors, _run.deadline = grid[0], [], time.monotonic() + _SECONDS_UNTIL_DEADLOCK
+
+            def run(program: int) -> None:
+                _run.program = program
                 self.function(*passed, **constants)
+
+            programs = [partial(run, program) for program in range(grid[0])]
+            if launch_cooperative_grid:
+                _run_at_once(programs)
+            else:
+                for work in programs:
+                    work()
 
         return launch
 
@@ -372,8 +399,8 @@ def _language() -> SimpleNamespace:
     )
 
 
-def emulated(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return gluon_kernels.<name>, loaded so that its kernels run here."""
+def emulated(name: str, monkeypatch: pytest.MonkeyPatch, uses: Sequence[str] = ()) -> ModuleType:
+    """Return gluon_kernels.<name>, loaded so that its kernels run here; uses: others whose functions it calls."""
     hopper = SimpleNamespace(
         fence_async_shared=lambda: None,
         mbarrier=SimpleNamespace(
@@ -400,7 +427,8 @@ def emulated(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "triton.experimental.gluon.nvidia.hopper": SimpleNamespace(TensorDescriptor=TensorDescriptor),
         "triton.language.extra.cuda": SimpleNamespace(gdc_wait=lambda: None, gdc_launch_dependents=lambda: None),
     }
-    for module, fake in fakes.items():
+    used = {f"blendserve_kernels.gluon_kernels.{other}": emulated(other, monkeypatch) for other in uses}
+    for module, fake in (fakes | used).items():
         monkeypatch.setitem(sys.modules, module, fake)
     path = Path(blendserve_kernels.__file__).parent / "gluon_kernels" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"emulated_{name}", path)

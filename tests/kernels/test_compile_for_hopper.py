@@ -19,9 +19,8 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     kernels = [line.split() for line in done.stdout.splitlines()]
     assert [name for name, _shared in kernels] == [
         "_paged_attention_kernel",
-        "_paged_attention_kernel",
         "_prefill_attention_kernel",
-        "_prefill_attention_kernel",
+        "_shared_prefix_kernel",
         "_linear_kernel",
         "_linear_kernel",
     ]

@@ -65,7 +65,7 @@ def test_decode_attention(
     kernel.BOX = box
     for _ in range(2):  # the second launch finds the counters as the first one left them
         out = torch.full_like(q, torch.nan)
-        kernel.launch(q, *cache, 0.125, *work, out, None, num_programs)
+        kernel.launch(q, *cache, 0.125, *work, out, num_programs)
         torch.testing.assert_close(out.float(), expected, atol=4e-3, rtol=1e-2)
 
 
@@ -133,24 +133,54 @@ def test_linear(num_tokens: int, num_in: int, num_out: int, monkeypatch: pytest.
         torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=1e-2)
 
 
-def test_shared_prefix_in_splits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A group larger than a query block over 10 tiles, one of two requests over 3, requests without any.
-    prefixes = [1280] * 34 + [0] + [384] * 2
-    context_lens = [prefix + 1 + 9 * n % 130 for n, prefix in enumerate(prefixes)]
-    cache_of = {"num_kv_heads": 1, "head_dim": 64, "block_size": 128, "dtype": HALF, "device": CPU}
-    requests = make_paged_requests(context_lens, num_shared_tokens=1280, **cache_of)
+@pytest.mark.parametrize(
+    ("prefixes", "suffixes", "num_kv_heads", "group_size", "head_dim", "groups", "num_programs"),
+    [
+        # A group larger than a query block over 10 tiles, one of two requests over 3, an empty one, a request without.
+        pytest.param(
+            [1280] * 34 + [0] + [384] * 2,
+            [1 + 9 * n % 130 for n in range(37)],
+            *(1, 4, 64),
+            ((0, 35, 0), (34, 2, 0)),
+            3,
+            id="ragged",
+        ),
+        pytest.param([512] * 8, [64] * 8, 2, 7, 128, ((0,), (8,)), 5, id="odd group of heads"),
+        pytest.param([0] * 5, [70, 1, 300, 64, 0], 2, 4, 64, ((0,), (0,)), 4, id="empty group"),
+    ],
+)
+def test_shared_prefix_attention(
+    prefixes: list[int],
+    suffixes: list[int],
+    num_kv_heads: int,
+    group_size: int,
+    head_dim: int,
+    groups: tuple[tuple[int, ...], tuple[int, ...]],
+    num_programs: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context_lens = [prefix + suffix for prefix, suffix in zip(prefixes, suffixes, strict=True)]
+    num_heads = group_size * num_kv_heads
+    cache_of = {"head_dim": head_dim, "block_size": 128, "dtype": HALF, "device": CPU}
+    requests = make_paged_requests(context_lens, num_shared_tokens=max(prefixes), num_kv_heads=num_kv_heads, **cache_of)
     table, lens, cache = requests.block_table, requests.context_lens, (requests.k_cache, requests.v_cache)
-    table[36, :3] = table[35, :3]
+    for start, size in zip(*groups, strict=True):
+        if size:
+            table[start : start + size, : prefixes[start] // 128] = table[start, : prefixes[start] // 128].clone()
     prefix_lens = torch.tensor(prefixes, dtype=torch.int32, device=device)
-    starts, sizes = torch.tensor([[0, 35, 0], [34, 2, 0]], dtype=torch.int32, device=device)
-    q = torch.randn(37, 4, 64).to(HALF)
-    prefix = plan_splits(prefix_lens, starts, sizes, num_heads=4, num_kv_heads=1, num_programs=24)
-    shape = LaunchShape(True, 64, 0, 4, 2, is_for_hopper=True)
-    given = (cache[0].to(device), table.to(device), lens.to(device), 4)
+    starts, sizes = torch.tensor(groups, dtype=torch.int32, device=device)
+    q = torch.randn(len(prefixes), num_heads, head_dim).to(HALF)
+    prefix = plan_splits(prefix_lens, starts, sizes, num_heads, num_kv_heads, num_programs=24)
+    shape = LaunchShape(True, 64, 0, 4, num_programs, is_for_hopper=True)
+    given = (cache[0].to(device), table.to(device), lens.to(device), group_size)
     suffix = make_plan(*given, part=SUFFIX_PART, rows=16, shape=shape, prefix_lens=prefix_lens)
-    prefix_work, lse = (prefix.pack, prefix.list_length.cpu(), prefix.block_list.cpu()), prefix.lse.cpu()
-    out, prefix_out = torch.full_like(q, torch.nan), torch.full((8, *q.shape), torch.nan)
-    emulated("prefill_attention", monkeypatch).launch(q, *cache, table, 0.125, *prefix_work, prefix_out, 3, lse)
-    emulated("decode_attention", monkeypatch).launch(q, *cache, 0.125, *_decode_work(suffix), out, (prefix_out, lse), 2)
+    work = [prefix.pack, prefix.list_length.cpu(), prefix.block_list.cpu(), *_decode_work(suffix)]
+    lse, sync = prefix.lse.cpu(), prefix.sync.cpu()
     expected = reference.decode_attention(q.float(), *(x.float() for x in cache), table, lens, 0.125)
-    torch.testing.assert_close(out.float(), expected, atol=4e-3, rtol=1e-2)
+    kernel = emulated("shared_prefix_attention", monkeypatch, uses=["decode_attention", "prefill_attention"])
+    for _ in range(2):  # layers share the plan: the second one counts on
+        out = torch.full_like(q, torch.nan)
+        kernel.launch(q, *cache, table, 0.125, *work, sync, lse, out, num_programs)
+        torch.testing.assert_close(out.float(), expected, atol=4e-3, rtol=1e-2)
+    assert sync.tolist() == [2 * 2 * num_programs]

@@ -9,7 +9,10 @@ import torch
 
 from blendserve_kernels import reference
 from blendserve_kernels.shared_prefix_attention import plan_shared_prefix, shared_prefix_decode_attention
+from blendserve_kernels.triton_kernels import decode_attention, prefill_attention
 from blendserve_kernels.triton_kernels.shared_prefix_attention import (
+    SplitPrefixPlan,
+    plan_shared_prefix_triton,
     plan_splits,
     shared_prefix_decode_attention_triton,
 )
@@ -91,6 +94,22 @@ def test_split_plan_lists_every_block_of_every_group(device: torch.device) -> No
         assert plan.block_list[: int(plan.list_length)].tolist() == expected
         assert plan.lse.shape == (8, 46, 8)
         assert torch.all(plan.lse == -torch.inf)
+        assert plan.sync.tolist() == [0]
+
+
+@pytest.mark.parametrize(("block_size", "is_for_hopper"), [(128, True), (64, False)])
+def test_programs_that_wait_for_one_another_are_no_more_than_run_at_once(
+    block_size: int, is_for_hopper: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (decode_attention, prefill_attention):
+        monkeypatch.setattr(module, "is_hopper", lambda _device: True)
+    cache = torch.empty(8, 2, block_size, 64, dtype=torch.float16, device=device)
+    table = torch.arange(8, dtype=torch.int32, device=device).view(2, 4)
+    prefixes, one = torch.full_like(table[:, 0], block_size), torch.ones(1, dtype=torch.int32, device=device)
+    plan = plan_shared_prefix_triton(cache, table, 2 * prefixes, prefixes, 0 * one, 2 * one, 8, num_programs=1000)
+    num_sms = decode_attention.device_limits(device)[0]
+    assert isinstance(plan.prefix, SplitPrefixPlan) == plan.suffix.shape.is_for_hopper == is_for_hopper
+    assert plan.suffix.shape.num_programs == (num_sms if is_for_hopper else 1000)
 
 
 def test_shared_prefix_decode_attention_of_a_group_larger_than_a_query_block(device: torch.device) -> None:

@@ -35,10 +35,9 @@ STAGES_OF_FEW, STAGES_OF_MANY = 3, 2  # tiles in flight a part: few programs fil
 _FEW_PROGRAMS = 64  # up to so many are few
 _PANEL = 64  # columns of a copy: 128 bytes, as wide as shared memory is swizzled
 
-_FLAG_FIRST = gl.constexpr(1 << 9)
-_FLAG_LAST = gl.constexpr(1 << 10)
-_FLAG_PREFIX = gl.constexpr(1 << 11)
-_SHIFT_ROWS = gl.constexpr(12)
+FLAG_FIRST = gl.constexpr(1 << 9)
+FLAG_LAST = gl.constexpr(1 << 10)
+SHIFT_ROWS = gl.constexpr(12)
 
 # Renamed between Triton 3.6 and 3.7.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -63,7 +62,7 @@ def _part_of(index, total_tiles, num_parts):
 
 
 @gluon.jit
-def _index_at(step, part_begin, part_end, tail):
+def index_at(step, part_begin, part_end, tail):
     """Return the tile of a step: a part begins with its last item, then takes the others in order.
 
     The items that other parts share are thus done first, and their merging hides behind the rest.
@@ -86,6 +85,69 @@ def _copy_boxes(
                 boxes.index((slot * PANELS + panel) * BOXES + box),
                 pred=num_boxes > box,
             )
+
+
+@gluon.jit
+def copy_keys(
+    q_desc,
+    k_desc,
+    k_box_desc,
+    q_row,
+    cache_row,
+    num_valid,
+    slot,
+    q_tiles,
+    k_tiles,
+    k_boxes,
+    k_full,
+    v_full,
+    HEAD_DIM: gl.constexpr,
+    TILE: gl.constexpr,
+    BOX: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
+    """Copy a tile's queries and keys, only the boxes of valid ones; the barriers expect its values, too."""
+    BOXES: gl.constexpr = TILE // BOX
+    ROW_BYTES: gl.constexpr = HEAD_DIM * (k_desc.dtype.primitive_bitwidth // 8)
+    k_barrier, v_barrier = k_full.index(slot), v_full.index(slot)
+    if num_valid == TILE:
+        mbarrier.expect(k_barrier, (TILE + COLUMNS) * ROW_BYTES)
+        mbarrier.expect(v_barrier, TILE * ROW_BYTES)
+        tma.async_copy_global_to_shared(q_desc, [q_row, 0], k_barrier, q_tiles.index(slot))
+        tma.async_copy_global_to_shared(k_desc, [cache_row, 0], k_barrier, k_tiles.index(slot))
+    else:
+        num_boxes = gl.maximum((num_valid + BOX - 1) // BOX, 1)  # an empty context has a tile, too
+        for box in gl.static_range(BOXES):
+            is_number = num_boxes == box + 1
+            mbarrier.expect(k_barrier, ((box + 1) * BOX + COLUMNS) * ROW_BYTES, pred=is_number)
+            mbarrier.expect(v_barrier, (box + 1) * BOX * ROW_BYTES, pred=is_number)
+        tma.async_copy_global_to_shared(q_desc, [q_row, 0], k_barrier, q_tiles.index(slot))
+        _copy_boxes(k_box_desc, cache_row, num_boxes, k_barrier, k_boxes, slot, HEAD_DIM // 64, BOXES, BOX)
+
+
+@gluon.jit
+def copy_values(
+    v_desc,
+    v_box_desc,
+    cache_row,
+    num_valid,
+    slot,
+    v_tiles,
+    v_boxes,
+    v_full,
+    HEAD_DIM: gl.constexpr,
+    TILE: gl.constexpr,
+    BOX: gl.constexpr,
+):
+    """Copy what `copy_keys` leaves of a tile."""
+    if num_valid == TILE:
+        tma.async_copy_global_to_shared(v_desc, [cache_row, 0], v_full.index(slot), v_tiles.index(slot))
+    else:
+        num_boxes = gl.maximum((num_valid + BOX - 1) // BOX, 1)
+        _copy_boxes(
+            *(v_box_desc, cache_row, num_boxes, v_full.index(slot), v_boxes, slot),
+            *(HEAD_DIM // 64, TILE // BOX, BOX),
+        )
 
 
 @gluon.jit
@@ -118,9 +180,6 @@ def _copy_part(
     BEGINS_EARLY: gl.constexpr,
 ):
     """Copy queries, keys and values of one part's tiles, each as soon as a slot is free; the list is read ahead."""
-    PANELS: gl.constexpr = HEAD_DIM // 64
-    BOXES: gl.constexpr = TILE // BOX
-    ROW_BYTES: gl.constexpr = HEAD_DIM * (k_desc.dtype.primitive_bitwidth // 8)
     if BEGINS_EARLY:
         gdc_wait()  # from here on what came before is done, so what comes next may begin
         gdc_launch_dependents()
@@ -131,106 +190,88 @@ def _copy_part(
     tail = index
     num_heads = num_kv_heads * GROUP_SIZE
     for step in range(part_end - part_begin):
-        next_index = _index_at(step + 1, part_begin, part_end, tail)
+        next_index = index_at(step + 1, part_begin, part_end, tail)
         words = list_ptr + next_index % list_length * 8
         next_place, next_row, next_flags = gl.load(words), gl.load(words + 1), gl.load(words + 2)
-        num_valid = flags & (_FLAG_FIRST - 1)
+        num_valid = flags & (FLAG_FIRST - 1)
         kv_head = index // list_length
         cache_row = place + kv_head * BLOCK_SIZE
         q_row = first_row // GROUP_SIZE * num_heads + kv_head * GROUP_SIZE
         slot = stream * STAGES + step % STAGES
-        k_barrier, v_barrier = k_full.index(slot), v_full.index(slot)
         mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
-        if num_valid == TILE:
-            mbarrier.expect(k_barrier, (TILE + COLUMNS) * ROW_BYTES)
-            tma.async_copy_global_to_shared(q_desc, [q_row, 0], k_barrier, q_tiles.index(slot))
-            tma.async_copy_global_to_shared(k_desc, [cache_row, 0], k_barrier, k_tiles.index(slot))
-            mbarrier.expect(v_barrier, TILE * ROW_BYTES)
-            tma.async_copy_global_to_shared(v_desc, [cache_row, 0], v_barrier, v_tiles.index(slot))
-        else:
-            num_boxes = gl.maximum((num_valid + BOX - 1) // BOX, 1)  # an empty context has a tile, too
-            for box in gl.static_range(BOXES):
-                is_number = num_boxes == box + 1
-                mbarrier.expect(k_barrier, ((box + 1) * BOX + COLUMNS) * ROW_BYTES, pred=is_number)
-                mbarrier.expect(v_barrier, (box + 1) * BOX * ROW_BYTES, pred=is_number)
-            tma.async_copy_global_to_shared(q_desc, [q_row, 0], k_barrier, q_tiles.index(slot))
-            _copy_boxes(k_box_desc, cache_row, num_boxes, k_barrier, k_boxes, slot, PANELS, BOXES, BOX)
-            _copy_boxes(v_box_desc, cache_row, num_boxes, v_barrier, v_boxes, slot, PANELS, BOXES, BOX)
+        copy_keys(
+            *(q_desc, k_desc, k_box_desc, q_row, cache_row, num_valid, slot, q_tiles, k_tiles, k_boxes),
+            *(k_full, v_full, HEAD_DIM, TILE, BOX, COLUMNS),
+        )
+        copy_values(
+            *(v_desc, v_box_desc, cache_row, num_valid, slot, v_tiles, v_boxes, v_full),
+            *(HEAD_DIM, TILE, BOX),
+        )
         index, place, first_row, flags = next_index, next_place, next_row, next_flags
 
 
 @gluon.jit
-def _store_result(
+def store_result(
     out,
-    row_max,
     row_sum,
     first_row,
     num_rows,
     kv_head,
     num_heads,
-    has_prefix,
     out_ptr,
-    prefix_out_ptr,
-    prefix_lse_ptr,
-    split_stride,
-    NUM_SPLITS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     COLUMNS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """Normalise the finished rows [COLUMNS, HEAD_DIM] of an item and write them; a suffix meets its prefix first."""
+    """Normalise the finished rows [COLUMNS, HEAD_DIM] of an item and write them."""
     number = gl.arange(0, COLUMNS, gl.SliceLayout(1, LAYOUT))
     dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LAYOUT))
     row = first_row + number
-    is_row = number < num_rows
     index = (row // GROUP_SIZE).to(gl.int64) * num_heads + kv_head * GROUP_SIZE + row % GROUP_SIZE
-    offsets = index[:, None] * HEAD_DIM + dims[None, :]
-    is_merged = is_row & has_prefix
-    prefix_lses = ()
-    for split in gl.static_range(NUM_SPLITS):  # all of them are asked for before the first is needed
-        lse_ptrs = prefix_lse_ptr + split * split_stride + index
-        prefix_lse = gl.load(lse_ptrs, mask=is_merged, other=float("-inf"))
-        prefix_lses = prefix_lses + (prefix_lse,)  # noqa: RUF005 (Triton knows no other way)
-    for split in gl.static_range(NUM_SPLITS):
-        prefix_lse = prefix_lses[split]
-        is_read = prefix_lse > float("-inf")  # a short prefix has fewer splits
-        prefix_offsets = offsets + split * split_stride * HEAD_DIM
-        prefix_out = gl.load(prefix_out_ptr + prefix_offsets, mask=is_read[:, None], other=0.0)
-        new_max = gl.maximum(row_max, prefix_lse)
-        safe_max = gl.where(new_max == float("-inf"), 0.0, new_max)
-        own_weight = gl.exp2(row_max - safe_max)
-        prefix_weight = gl.exp2(prefix_lse - safe_max)
-        out = out * own_weight[:, None] + prefix_out * prefix_weight[:, None]
-        row_sum = row_sum * own_weight + prefix_weight
-        row_max = new_max
     safe_sum = gl.where(row_sum == 0.0, 1.0, row_sum)
     out = out / safe_sum[:, None]
-    gl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
+    offsets = index[:, None] * HEAD_DIM + dims[None, :]
+    gl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=(number < num_rows)[:, None])
 
 
 @gluon.jit
-def _store_state(
+def leave_state(
     out,
     row_max,
     row_sum,
-    slot,
+    part,
+    part_begin,
+    item_begin,
+    num_tiles,
+    total_tiles,
+    num_parts,
     state_ptr,
     extrema_ptr,
+    counters_ptr,
     HEAD_DIM: gl.constexpr,
     COLUMNS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """Leave the state of a cut item in a slot of the workspace."""
+    """Leave a part's state of a cut item in the workspace; return whether all are there, and whose they are."""
+    slot = part * 2 + (item_begin >= part_begin).to(gl.int32)
     rows = slot * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(1, LAYOUT))
     dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LAYOUT))
     gl.store(state_ptr + rows[:, None] * HEAD_DIM + dims[None, :], out)
     gl.store(extrema_ptr + rows * 2, row_max)
     gl.store(extrema_ptr + rows * 2 + 1, row_sum)
+    first_part = _part_of(item_begin, total_tiles, num_parts)
+    last_part = _part_of(item_begin + num_tiles - 1, total_tiles, num_parts)
+    _barrier()  # all threads' states are written before they are announced
+    num_arrived = gl.atomic_add(counters_ptr + first_part, 1, sem="acq_rel", scope="gpu")
+    _barrier()
+    is_last = num_arrived == last_part - first_part
+    gl.store(counters_ptr + first_part, 0, mask=is_last)  # ready for the next launch
+    return is_last, first_part, last_part
 
 
 @gluon.jit
-def _merge_states(
+def merge_states(
     item_begin,
     first_part,
     last_part,
@@ -265,14 +306,69 @@ def _merge_states(
 
 
 @gluon.jit
+def attend_to_tile(
+    slot,
+    phase,
+    num_valid,
+    is_first,
+    accumulator,
+    row_max,
+    weight_sums,
+    q_tiles,
+    k_tiles,
+    v_tiles,
+    weights_own,
+    k_full,
+    v_full,
+    empty,
+    scale_log2e,
+    HEAD_DIM: gl.constexpr,
+    TILE: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    MMA: gl.constexpr,
+):
+    """Return what becomes of an item's state, all of it transposed, with the tile in a slot."""
+    key = gl.arange(0, TILE, gl.SliceLayout(1, MMA))
+    mbarrier.wait(k_full.index(slot), phase)
+    scores = warpgroup_mma(
+        k_tiles.index(slot),
+        q_tiles.index(slot).permute((1, 0)),
+        gl.zeros([TILE, COLUMNS], gl.float32, MMA),
+        use_acc=False,
+    )
+    scores = gl.where((key < num_valid)[:, None], scores * scale_log2e, float("-inf"))
+    row_max = gl.where(is_first, float("-inf"), row_max)
+    new_max = gl.maximum(row_max, gl.max(scores, axis=0))
+    safe_max = gl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = gl.exp2(scores - safe_max[None, :])
+    decay = gl.where(is_first, 0.0, gl.exp2(row_max - safe_max))
+    weight_sums = gl.where(is_first, 0.0, weight_sums * decay[None, :]) + weights
+    accumulator = gl.where(is_first, 0.0, accumulator * decay[None, :])
+    weights_own.store(gl.permute(weights.to(v_tiles.dtype), (1, 0)))
+    mbarrier.wait(v_full.index(slot), phase)
+    if num_valid < TILE:
+        # What lies behind the context may be NaN, and 0 * NaN is NaN.
+        V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+        v_key = gl.arange(0, TILE, gl.SliceLayout(1, V_LAYOUT))
+        v_tile = v_tiles.index(slot)
+        v = v_tile.load(V_LAYOUT)
+        _barrier()
+        v_tile.store(gl.where((v_key < num_valid)[:, None], v, gl.zeros_like(v)))
+    fence_async_shared()
+    _barrier()
+    accumulator = warpgroup_mma(v_tiles.index(slot).permute((1, 0)), weights_own.permute((1, 0)), accumulator)
+    _barrier()  # every warp has read the slot
+    mbarrier.arrive(empty.index(slot), count=1)
+    return accumulator, new_max, weight_sums
+
+
+@gluon.jit
 def _attend_to_part(
     stream: gl.constexpr,
     list_length_ptr,
     list_ptr,
     parts_ptr,
     out_ptr,
-    prefix_out_ptr,
-    prefix_lse_ptr,
     state_ptr,
     extrema_ptr,
     counters_ptr,
@@ -284,16 +380,13 @@ def _attend_to_part(
     v_full,
     empty,
     num_kv_heads,
-    split_stride,
     scale_log2e,
-    NUM_SPLITS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     TILE: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
     BEGINS_EARLY: gl.constexpr,
-    WAITS_FOR_PREFIX: gl.constexpr,
 ):
     """Work through one part: the softmax over its tiles, the results of its items, and the items that are cut."""
     if BEGINS_EARLY:
@@ -309,126 +402,46 @@ def _attend_to_part(
     num_heads = num_kv_heads * GROUP_SIZE
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    COLUMN_LAYOUT: gl.constexpr = gl.SliceLayout(0, MMA)
-    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, ROWS)
     if part < num_parts:
         # 2. The tiles, item after item.
         accumulator = gl.zeros([HEAD_DIM, COLUMNS], gl.float32, MMA)
-        row_max = gl.full([COLUMNS], float("-inf"), gl.float32, COLUMN_LAYOUT)
+        row_max = gl.full([COLUMNS], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
         weight_sums = gl.zeros([TILE, COLUMNS], gl.float32, MMA)
-        key = gl.arange(0, TILE, gl.SliceLayout(1, MMA))
-        V_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-        v_key = gl.arange(0, TILE, gl.SliceLayout(1, V_LAYOUT))
-        weights_own = weights_buffer.index(stream)
         tail = index
         for step in range(part_end - part_begin):
-            slot = stream * STAGES + step % STAGES
-            phase = step // STAGES & 1
-            next_index = _index_at(step + 1, part_begin, part_end, tail)
+            next_index = index_at(step + 1, part_begin, part_end, tail)
             words = list_ptr + next_index % list_length * 8
             next_row, next_flags, next_entry = gl.load(words + 1), gl.load(words + 2), gl.load(words + 3)
-            num_valid = flags & (_FLAG_FIRST - 1)
-            is_first = ((flags & _FLAG_FIRST) != 0) | (index == part_begin)
-            mbarrier.wait(k_full.index(slot), phase)
-            scores = warpgroup_mma(
-                k_tiles.index(slot),
-                q_tiles.index(slot).permute((1, 0)),
-                gl.zeros([TILE, COLUMNS], gl.float32, MMA),
-                use_acc=False,
+            accumulator, row_max, weight_sums = attend_to_tile(
+                stream * STAGES + step % STAGES,
+                step // STAGES & 1,
+                flags & (FLAG_FIRST - 1),
+                ((flags & FLAG_FIRST) != 0) | (index == part_begin),
+                *(accumulator, row_max, weight_sums, q_tiles, k_tiles, v_tiles, weights_buffer.index(stream)),
+                *(k_full, v_full, empty, scale_log2e, HEAD_DIM, TILE, COLUMNS, MMA),
             )
-            scores = gl.where((key < num_valid)[:, None], scores * scale_log2e, float("-inf"))
-            row_max = gl.where(is_first, float("-inf"), row_max)
-            new_max = gl.maximum(row_max, gl.max(scores, axis=0))
-            safe_max = gl.where(new_max == float("-inf"), 0.0, new_max)
-            weights = gl.exp2(scores - safe_max[None, :])
-            decay = gl.where(is_first, 0.0, gl.exp2(row_max - safe_max))
-            weight_sums = gl.where(is_first, 0.0, weight_sums * decay[None, :]) + weights
-            accumulator = gl.where(is_first, 0.0, accumulator * decay[None, :])
-            row_max = new_max
-            weights_own.store(gl.permute(weights.to(v_tiles.dtype), (1, 0)))
-            mbarrier.wait(v_full.index(slot), phase)
-            if num_valid < TILE:
-                # What lies behind the context may be NaN, and 0 * NaN is NaN.
-                v_tile = v_tiles.index(slot)
-                v = v_tile.load(V_LAYOUT)
-                _barrier()
-                v_tile.store(gl.where((v_key < num_valid)[:, None], v, gl.zeros_like(v)))
-            fence_async_shared()
-            _barrier()
-            accumulator = warpgroup_mma(v_tiles.index(slot).permute((1, 0)), weights_own.permute((1, 0)), accumulator)
-            _barrier()  # every warp has read the slot
-            mbarrier.arrive(empty.index(slot), count=1)
-            if ((flags & _FLAG_LAST) != 0) | (index == part_end - 1):
+            if ((flags & FLAG_LAST) != 0) | (index == part_end - 1):
                 kv_head = index // list_length
                 item_begin = kv_head * list_length + item_entry
-                if WAITS_FOR_PREFIX:
-                    gdc_wait()
+                rows = (first_row, flags >> SHIFT_ROWS, kv_head, num_heads)
                 out = gl.convert_layout(gl.permute(accumulator, (1, 0)), ROWS)
-                out_max = gl.convert_layout(row_max, ROW_LAYOUT)
-                out_sum = gl.convert_layout(gl.sum(weight_sums, axis=0), ROW_LAYOUT)
-                if ((flags & _FLAG_LAST) != 0) & (item_begin >= part_begin):
-                    _store_result(
-                        out,
-                        out_max,
-                        out_sum,
-                        first_row,
-                        flags >> _SHIFT_ROWS,
-                        kv_head,
-                        num_heads,
-                        (flags & _FLAG_PREFIX) != 0,
-                        out_ptr,
-                        prefix_out_ptr,
-                        prefix_lse_ptr,
-                        split_stride,
-                        NUM_SPLITS,
-                        GROUP_SIZE,
-                        HEAD_DIM,
-                        COLUMNS,
-                        ROWS,
-                    )
+                out_max = gl.convert_layout(row_max, gl.SliceLayout(1, ROWS))
+                out_sum = gl.convert_layout(gl.sum(weight_sums, axis=0), gl.SliceLayout(1, ROWS))
+                if ((flags & FLAG_LAST) != 0) & (item_begin >= part_begin):
+                    store_result(out, out_sum, *rows, out_ptr, GROUP_SIZE, HEAD_DIM, COLUMNS, ROWS)
                 else:
                     # Other parts share the item: leave its state, and merge all of them if theirs are there already.
-                    state_slot = part * 2 + (item_begin >= part_begin).to(gl.int32)
-                    _store_state(out, out_max, out_sum, state_slot, state_ptr, extrema_ptr, HEAD_DIM, COLUMNS, ROWS)
-                    first_part = _part_of(item_begin, total_tiles, num_parts)
                     num_tiles = gl.load(list_ptr + item_entry * 8 + 4)
-                    last_part = _part_of(item_begin + num_tiles - 1, total_tiles, num_parts)
-                    _barrier()  # all threads' states are written before they are announced
-                    num_arrived = gl.atomic_add(counters_ptr + first_part, 1, sem="acq_rel", scope="gpu")
-                    _barrier()
-                    if num_arrived == last_part - first_part:
-                        gl.store(counters_ptr + first_part, 0)  # ready for the next launch
-                        merged, merged_max, merged_sum = _merge_states(
-                            item_begin,
-                            first_part,
-                            last_part,
-                            total_tiles,
-                            num_parts,
-                            state_ptr,
-                            extrema_ptr,
-                            HEAD_DIM,
-                            COLUMNS,
-                            ROWS,
+                    is_last, first_part, last_part = leave_state(
+                        *(out, out_max, out_sum, part, part_begin, item_begin, num_tiles, total_tiles, num_parts),
+                        *(state_ptr, extrema_ptr, counters_ptr, HEAD_DIM, COLUMNS, ROWS),
+                    )
+                    if is_last:
+                        merged, _merged_max, merged_sum = merge_states(
+                            *(item_begin, first_part, last_part, total_tiles, num_parts, state_ptr, extrema_ptr),
+                            *(HEAD_DIM, COLUMNS, ROWS),
                         )
-                        _store_result(
-                            merged,
-                            merged_max,
-                            merged_sum,
-                            first_row,
-                            flags >> _SHIFT_ROWS,
-                            kv_head,
-                            num_heads,
-                            (flags & _FLAG_PREFIX) != 0,
-                            out_ptr,
-                            prefix_out_ptr,
-                            prefix_lse_ptr,
-                            split_stride,
-                            NUM_SPLITS,
-                            GROUP_SIZE,
-                            HEAD_DIM,
-                            COLUMNS,
-                            ROWS,
-                        )
+                        store_result(merged, merged_sum, *rows, out_ptr, GROUP_SIZE, HEAD_DIM, COLUMNS, ROWS)
             index, first_row, flags, item_entry = next_index, next_row, next_flags, next_entry
 
 
@@ -443,15 +456,11 @@ def _paged_attention_kernel(
     list_ptr,
     parts_ptr,
     out_ptr,
-    prefix_out_ptr,
-    prefix_lse_ptr,
     state_ptr,
     extrema_ptr,
     counters_ptr,
     num_kv_heads,
-    split_stride,
     scale_log2e,
-    NUM_SPLITS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -460,7 +469,6 @@ def _paged_attention_kernel(
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
     BEGINS_EARLY: gl.constexpr,
-    WAITS_FOR_PREFIX: gl.constexpr,
 ):
     PANELS: gl.constexpr = HEAD_DIM // 64
     BOXES: gl.constexpr = TILE // BOX
@@ -490,8 +498,6 @@ def _paged_attention_kernel(
                     list_ptr,
                     parts_ptr,
                     out_ptr,
-                    prefix_out_ptr,
-                    prefix_lse_ptr,
                     state_ptr,
                     extrema_ptr,
                     counters_ptr,
@@ -503,16 +509,13 @@ def _paged_attention_kernel(
                     v_full,
                     empty,
                     num_kv_heads,
-                    split_stride,
                     scale_log2e,
-                    NUM_SPLITS,
                     GROUP_SIZE,
                     HEAD_DIM,
                     TILE,
                     COLUMNS,
                     STAGES,
                     BEGINS_EARLY,
-                    WAITS_FOR_PREFIX,
                 ),
             ),
             (
@@ -523,8 +526,6 @@ def _paged_attention_kernel(
                     list_ptr,
                     parts_ptr,
                     out_ptr,
-                    prefix_out_ptr,
-                    prefix_lse_ptr,
                     state_ptr,
                     extrema_ptr,
                     counters_ptr,
@@ -536,16 +537,13 @@ def _paged_attention_kernel(
                     v_full,
                     empty,
                     num_kv_heads,
-                    split_stride,
                     scale_log2e,
-                    NUM_SPLITS,
                     GROUP_SIZE,
                     HEAD_DIM,
                     TILE,
                     COLUMNS,
                     STAGES,
                     BEGINS_EARLY,
-                    WAITS_FOR_PREFIX,
                 ),
             ),
             (
@@ -626,26 +624,19 @@ def launch(
     parts: torch.Tensor,
     counters: torch.Tensor,
     out: torch.Tensor,
-    prefix_result: tuple[torch.Tensor, torch.Tensor] | None,
     num_programs: int,
     *,
     begins_early: bool = False,
-    waits_for_prefix: bool = False,
 ) -> None:
-    """Run the kernel over a plan of tiles of TILE keys; a suffix brings what its prefix left.
+    """Run the kernel over a plan of tiles of TILE keys.
 
     begins_early: by programmatic dependent launch, to wait before anything is read.
-    waits_for_prefix: the same, behind the kernel of a prefix part that was not launched early itself; what is read
-    before the result of the prefix is older than that kernel.
-    prefix_result: (out float32 [num_splits, B, num_heads, D], lse float32 [num_splits, B, num_heads], base 2); a split
-    that saw no keys has an lse of -inf, and any out.
     """
     num_heads = q.shape[1]
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     group_size = num_heads // num_kv_heads
     columns = 8 if group_size <= 8 else 16
     num_stages = STAGES_OF_FEW if num_programs <= _FEW_PROGRAMS else STAGES_OF_MANY
-    prefix_out, prefix_lse = prefix_result or (out, out)
     num_state_rows = 4 * num_programs * columns
     state = torch.empty(num_state_rows, head_dim, dtype=torch.float32, device=q.device)
     extrema = torch.empty(num_state_rows, 2, dtype=torch.float32, device=q.device)
@@ -660,15 +651,11 @@ def launch(
         tile_list,
         parts,
         out,
-        prefix_out,
-        prefix_lse,
         state,
         extrema,
         counters,
         num_kv_heads,
-        prefix_lse[0].numel(),
         scale / math.log(2),
-        NUM_SPLITS=0 if prefix_result is None else prefix_lse.shape[0],
         GROUP_SIZE=group_size,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
@@ -677,7 +664,6 @@ def launch(
         COLUMNS=columns,
         STAGES=num_stages,
         BEGINS_EARLY=begins_early,
-        WAITS_FOR_PREFIX=waits_for_prefix,
         num_warps=4,
-        launch_pdl=begins_early or waits_for_prefix,
+        launch_pdl=begins_early,
     )

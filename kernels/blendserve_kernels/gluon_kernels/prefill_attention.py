@@ -24,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from blendserve_kernels.gluon_kernels.alignment import aligned
 
@@ -37,7 +36,7 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
-def _item_of(step, total):
+def item_of(step, total):
     """Return the program's item of a step: forth in even steps, back in odd ones."""
     program = gl.program_id(0)
     if step % 2 == 1:
@@ -48,7 +47,7 @@ def _item_of(step, total):
 @gluon.jit
 def _load_words(step, total, head_blocks, list_ptr):
     """Return what must be copied for the program's item of a step: first token, tiles, request, first tile."""
-    words = list_ptr + gl.maximum(gl.minimum(_item_of(step, total), total - 1), 0) // head_blocks * 8
+    words = list_ptr + gl.maximum(gl.minimum(item_of(step, total), total - 1), 0) // head_blocks * 8
     is_any = total > 0
     q_token = gl.load(words, mask=is_any, other=0)
     num_tiles = gl.load(words + 3, mask=is_any, other=0)
@@ -59,20 +58,19 @@ def _load_words(step, total, head_blocks, list_ptr):
 
 @gluon.jit
 def _load_bounds(step, total, head_blocks, list_ptr):
-    """Return what must be known to attend for it: first token, tokens, first position, tiles, context length, split."""
-    words = list_ptr + gl.maximum(gl.minimum(_item_of(step, total), total - 1), 0) // head_blocks * 8
+    """Return what must be known to attend for it: first token, tokens, first position, tiles, context length."""
+    words = list_ptr + gl.maximum(gl.minimum(item_of(step, total), total - 1), 0) // head_blocks * 8
     is_any = total > 0
     q_token = gl.load(words, mask=is_any, other=0)
     num_tokens = gl.load(words + 1, mask=is_any, other=0)
     position = gl.load(words + 2, mask=is_any, other=0)
     num_tiles = gl.load(words + 3, mask=is_any, other=0)
     context_len = gl.load(words + 5, mask=is_any, other=0)
-    split = gl.load(words + 7, mask=is_any, other=0)
-    return q_token, num_tokens, position, num_tiles, context_len, split
+    return q_token, num_tokens, position, num_tiles, context_len
 
 
 @gluon.jit
-def _copy_blocks(
+def copy_blocks(
     q_desc,
     k_desc,
     v_desc,
@@ -97,7 +95,7 @@ def _copy_blocks(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Copy the queries of one query block after the other, and the keys and values that they see."""
+    """Copy the queries of one query block after the other, and the tiles that they see; return how many tiles."""
     PANELS: gl.constexpr = HEAD_DIM // 64
     ELEMENT_BYTES: gl.constexpr = k_desc.dtype.primitive_bitwidth // 8
     HEAD_BLOCKS: gl.constexpr = GROUP_SIZE // PACK
@@ -113,7 +111,7 @@ def _copy_blocks(
         other=0,
     )
     for step in range((total + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        item = _item_of(step, total)
+        item = item_of(step, total)
         if item < total:
             head_block = item % head_blocks
             kv_head = head_block // HEAD_BLOCKS
@@ -150,6 +148,7 @@ def _copy_blocks(
             q_token, num_tiles, request, first_tile = next_q_token, next_num_tiles, next_request, next_first_tile
             next_q_token, next_num_tiles = later_q_token, later_num_tiles
             next_request, next_first_tile = later_request, later_first_tile
+    return count
 
 
 @gluon.jit
@@ -162,7 +161,41 @@ def _softmax(scores, row_max, row_sum, scale_log2e):
 
 
 @gluon.jit
-def _attend_to_tiles(
+def attend_to_first_tile(
+    count,
+    q_tile,
+    k_tiles,
+    k_full,
+    k_empty,
+    row_positions,
+    scale_log2e,
+    IS_MASKED: gl.constexpr,
+    TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+    SCORES: gl.constexpr,
+):
+    """Return the weights of the first tile, which holds a key for every row, and the rows' maximum and sum."""
+    slot = count % STAGES
+    mbarrier.wait(k_full.index(slot), count // STAGES & 1)
+    scores = warpgroup_mma(
+        q_tile,
+        k_tiles.index(slot).permute((1, 0)),
+        gl.zeros([64, TILE], gl.float32, SCORES),
+        use_acc=False,
+    )
+    _barrier()
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    if IS_MASKED:
+        keys = gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
+        scores = gl.where(keys[None, :] <= row_positions[:, None], scores, float("-inf"))
+    row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    row_sum = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
+    weights, row_max, row_sum, _decay = _softmax(scores, row_max, row_sum, scale_log2e)
+    return weights, row_max, row_sum
+
+
+@gluon.jit
+def attend_to_tiles(
     first_tile,
     end_tile,
     count,
@@ -221,7 +254,6 @@ def _attend_to_blocks(
     list_length_ptr,
     list_ptr,
     out_ptr,
-    lse_ptr,
     q_tiles,
     k_tiles,
     v_tiles,
@@ -232,9 +264,7 @@ def _attend_to_blocks(
     v_full,
     v_empty,
     num_kv_heads,
-    num_split_tokens,
     scale_log2e,
-    HAS_SPLITS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     PACK: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -252,16 +282,13 @@ def _attend_to_blocks(
     total = gl.load(list_length_ptr) * head_blocks
     count = 0
     row = gl.arange(0, 64, gl.SliceLayout(1, SCORES))
-    key = gl.arange(0, TILE, gl.SliceLayout(0, SCORES))
     v_row = gl.arange(0, 16, gl.SliceLayout(1, STORED))
     out_row = gl.arange(0, 64, gl.SliceLayout(1, STORED))
     dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, STORED))
-    split_row = gl.arange(0, 64, gl.SliceLayout(1, OUT))
-    split_dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, OUT))
-    q_token, num_tokens, first_position, num_tiles, context_len, split = _load_bounds(0, total, head_blocks, list_ptr)
+    q_token, num_tokens, first_position, num_tiles, context_len = _load_bounds(0, total, head_blocks, list_ptr)
     for step in range((total + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        item = _item_of(step, total)
-        next_q_token, next_num_tokens, next_position, next_num_tiles, next_context_len, next_split = _load_bounds(
+        item = item_of(step, total)
+        next_q_token, next_num_tokens, next_position, next_num_tiles, next_context_len = _load_bounds(
             step + 1, total, head_blocks, list_ptr
         )
         if item < total:
@@ -269,29 +296,18 @@ def _attend_to_blocks(
             q_slot = step % 2
             q_tile = q_tiles.index(q_slot * 2 + half)
 
-            # 1. The weights of the first tile, which holds a key for every row.
+            # 1. The weights of the first tile.
             mbarrier.wait(q_full.index(q_slot), step // 2 & 1)
-            slot = count % STAGES
-            mbarrier.wait(k_full.index(slot), count // STAGES & 1)
-            scores = warpgroup_mma(
-                q_tile,
-                k_tiles.index(slot).permute((1, 0)),
-                gl.zeros([64, TILE], gl.float32, SCORES),
-                use_acc=False,
+            new_weights, row_max, row_sum = attend_to_first_tile(
+                *(count, q_tile, k_tiles, k_full, k_empty, row_positions, scale_log2e, True, TILE, STAGES, SCORES)
             )
-            _barrier()
-            mbarrier.arrive(k_empty.index(slot), count=1)
-            scores = gl.where(key[None, :] <= row_positions[:, None], scores, float("-inf"))
-            row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-            row_sum = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
-            new_weights, row_max, row_sum, _decay = _softmax(scores, row_max, row_sum, scale_log2e)
             weights = gl.convert_layout(new_weights.to(v_tiles.dtype), WEIGHTS)
             accumulator = gl.zeros([64, HEAD_DIM], gl.float32, OUT)
             count += 1
 
             # 2. The tiles that all rows see in full, then those on the diagonal.
             num_full = gl.minimum(gl.maximum((first_position + 1) // TILE, 1), num_tiles)
-            count, weights, accumulator, row_max, row_sum = _attend_to_tiles(
+            count, weights, accumulator, row_max, row_sum = attend_to_tiles(
                 1,
                 num_full,
                 count,
@@ -314,7 +330,7 @@ def _attend_to_blocks(
                 SCORES,
                 WEIGHTS,
             )
-            count, weights, accumulator, row_max, row_sum = _attend_to_tiles(
+            count, weights, accumulator, row_max, row_sum = attend_to_tiles(
                 num_full,
                 num_tiles,
                 count,
@@ -357,34 +373,19 @@ def _attend_to_blocks(
             mbarrier.arrive(v_empty.index(last_slot), count=1)
 
             out = accumulator / gl.convert_layout(row_sum, gl.SliceLayout(1, OUT))[:, None]
-            if HAS_SPLITS:
-                # 4. The result of this part of the keys in float32, and the logarithm of its weight.
-                split_token = split * num_split_tokens + q_token
-                token = half * HALF_TOKENS + row // PACK
-                lse_index = (split_token + token) * num_heads + item % head_blocks * PACK + row % PACK
-                gl.store(lse_ptr + lse_index, row_max + gl.log2(row_sum), mask=token < num_tokens)
-                token = half * HALF_TOKENS + split_row // PACK
-                out_index = (
-                    (split_token + token).to(gl.int64) * num_heads + item % head_blocks * PACK + split_row % PACK
-                )
-                is_row = token < num_tokens
-                gl.store(out_ptr + out_index[:, None] * HEAD_DIM + split_dims[None, :], out, mask=is_row[:, None])
-                _barrier()
-                mbarrier.arrive(q_empty.index(q_slot), count=1)
-            else:
-                # 4. The result, by way of the queries' place in shared memory.
-                q_tile.store(out.to(v_tiles.dtype))
-                _barrier()
-                stored = q_tile.load(STORED)
-                fence_async_shared()
-                _barrier()
-                mbarrier.arrive(q_empty.index(q_slot), count=1)
-                token = half * HALF_TOKENS + out_row // PACK
-                out_index = (q_token + token).to(gl.int64) * num_heads + item % head_blocks * PACK + out_row % PACK
-                is_row = token < num_tokens
-                gl.store(out_ptr + out_index[:, None] * HEAD_DIM + dims[None, :], stored, mask=is_row[:, None])
+            # 4. The result, by way of the queries' place in shared memory.
+            q_tile.store(out.to(v_tiles.dtype))
+            _barrier()
+            stored = q_tile.load(STORED)
+            fence_async_shared()
+            _barrier()
+            mbarrier.arrive(q_empty.index(q_slot), count=1)
+            token = half * HALF_TOKENS + out_row // PACK
+            out_index = (q_token + token).to(gl.int64) * num_heads + item % head_blocks * PACK + out_row % PACK
+            is_row = token < num_tokens
+            gl.store(out_ptr + out_index[:, None] * HEAD_DIM + dims[None, :], stored, mask=is_row[:, None])
         q_token, num_tokens, first_position = next_q_token, next_num_tokens, next_position
-        num_tiles, context_len, split = next_num_tiles, next_context_len, next_split
+        num_tiles, context_len = next_num_tiles, next_context_len
 
 
 @gluon.jit
@@ -396,12 +397,9 @@ def _prefill_attention_kernel(
     list_length_ptr,
     list_ptr,
     out_ptr,
-    lse_ptr,
     num_kv_heads,
-    num_split_tokens,
     block_table_stride,
     scale_log2e,
-    HAS_SPLITS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     PACK: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -409,8 +407,6 @@ def _prefill_attention_kernel(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    if HAS_SPLITS:
-        gdc_launch_dependents()  # what merges the splits may begin with what does not depend on them
     PANELS: gl.constexpr = HEAD_DIM // 64
     dtype: gl.constexpr = k_desc.dtype
     TILE_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16)
@@ -442,7 +438,6 @@ def _prefill_attention_kernel(
                     list_length_ptr,
                     list_ptr,
                     out_ptr,
-                    lse_ptr,
                     q_tiles,
                     k_tiles,
                     v_tiles,
@@ -453,9 +448,7 @@ def _prefill_attention_kernel(
                     v_full,
                     v_empty,
                     num_kv_heads,
-                    num_split_tokens,
                     scale_log2e,
-                    HAS_SPLITS,
                     GROUP_SIZE,
                     PACK,
                     HEAD_DIM,
@@ -470,7 +463,6 @@ def _prefill_attention_kernel(
                     list_length_ptr,
                     list_ptr,
                     out_ptr,
-                    lse_ptr,
                     q_tiles,
                     k_tiles,
                     v_tiles,
@@ -481,9 +473,7 @@ def _prefill_attention_kernel(
                     v_full,
                     v_empty,
                     num_kv_heads,
-                    num_split_tokens,
                     scale_log2e,
-                    HAS_SPLITS,
                     GROUP_SIZE,
                     PACK,
                     HEAD_DIM,
@@ -492,7 +482,7 @@ def _prefill_attention_kernel(
                 ),
             ),
             (
-                _copy_blocks,
+                copy_blocks,
                 (
                     q_desc,
                     k_desc,
@@ -536,13 +526,8 @@ def launch(
     block_list: torch.Tensor,
     out: torch.Tensor,
     num_programs: int,
-    lse: torch.Tensor | None = None,
 ) -> None:
-    """Run the kernel over a plan of query blocks of ROWS rows with `pack` heads each, and of tiles of TILE keys.
-
-    With lse, float32 [num_splits, T, num_heads], base 2, `out` is float32 [num_splits, T, num_heads, head_dim]: each
-    item of the plan sees some of the keys, and its result goes where the item says.
-    """
+    """Run the kernel over a plan of query blocks of ROWS rows with `pack` heads each, and of tiles of TILE keys."""
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
@@ -554,12 +539,9 @@ def launch(
         list_length,
         block_list,
         out,
-        out if lse is None else lse,
         num_kv_heads,
-        q.shape[0],
         block_table.stride(0),
         scale / math.log(2),
-        HAS_SPLITS=lse is not None,
         GROUP_SIZE=q.shape[1] // num_kv_heads,
         PACK=pack,
         HEAD_DIM=head_dim,

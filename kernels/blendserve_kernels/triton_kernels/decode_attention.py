@@ -38,9 +38,8 @@ _SHIFT_ROWS = tl.constexpr(12)  # above: how many query rows are real
 
 # On Hopper:
 KEEP_WHOLE = True  # leave a few programs without work where that saves the cutting of all items
-# Programmatic dependent launch: begin while the kernel before ends, and let the next one do so.
-BEGIN_EARLY = True  # plain decode, behind itself or rotary embedding: set up, then wait
-BEGIN_DURING_PREFIX = True  # suffixes: wait for the prefix part only where its result is merged
+# Programmatic dependent launch: set up while the kernel before ends (another layer's, or rotary embedding), then wait.
+BEGIN_EARLY = True
 _MAX_PROGRAMS = 1024
 _INTERPRETED_PROGRAMS = 5  # without a GPU: few, and no divisor of common sizes, so that items are cut
 
@@ -812,13 +811,11 @@ def launch_paged_attention(
     plan: DecodePlan,
     out: torch.Tensor,
     prefix_result: tuple[torch.Tensor, torch.Tensor] | None = None,
-    is_behind_prefix: bool = False,
 ) -> None:
     """Run the kernel over a plan and write `out`.
 
-    is_behind_prefix: the kernel launched last is that of the prefix part.
-    prefix_result: (out float32 [1, B, num_heads, D], lse float32 [1, B, num_heads], base 2), written by a prefix part
-    (which has the first as `out`) and read by a suffix part; the kernel for Hopper reads several such splits.
+    prefix_result: (out float32 [B, num_heads, D], lse float32 [B, num_heads], base 2), written by a prefix part (which
+    has the first as `out`) and read by a suffix part. The kernel for Hopper knows neither part.
     """
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     shape, rows = plan.shape, plan.rows
@@ -827,9 +824,7 @@ def launch_paged_attention(
 
         plan_tensors = (plan.list_length, plan.tile_list, plan.parts, plan.counters)
         decode_attention.launch(
-            *(q, k_cache, v_cache, scale, *plan_tensors, out, prefix_result, shape.num_programs),
-            begins_early=BEGIN_EARLY and prefix_result is None,
-            waits_for_prefix=BEGIN_DURING_PREFIX and is_behind_prefix,
+            *(q, k_cache, v_cache, scale, *plan_tensors, out, shape.num_programs), begins_early=BEGIN_EARLY
         )
         return
     prefix_out, prefix_lse = prefix_result or (out, out)

@@ -1,7 +1,7 @@
 """Launches shared-prefix decode attention: the prefix part for a whole group at once, then each request's suffix.
 
-On Hopper the prefix part runs on the kernel for prefill, with a group's requests as the tokens of a chunk that sees all
-keys, cut into a few splits of the keys, so that one group alone keeps the GPU busy; the suffixes merge them.
+On Hopper one kernel does both: the requests of a group are the tokens of a chunk that sees all keys, cut into a few
+splits of the keys, so that one group alone keeps the GPU busy; the suffixes merge them.
 """
 
 # Kernel parameters are typed by Triton, constexprs are capitals by its custom.
@@ -35,7 +35,10 @@ _PREFIX_ROWS = 64  # query rows of a prefix tile: one warp group's matrix instru
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefixPlan:
-    """The plans of both parts, made by `plan_shared_prefix_triton`; valid for every layer of a step."""
+    """The plans of both parts, made by `plan_shared_prefix_triton`; valid for every layer of a step.
+
+    Launches that share a plan must follow one another, on one stream: counters and `lse` are theirs in turn.
+    """
 
     prefix: DecodePlan | SplitPrefixPlan | None  # None: no groups
     suffix: DecodePlan
@@ -43,13 +46,16 @@ class SharedPrefixPlan:
 
 @dataclass(frozen=True, slots=True)
 class SplitPrefixPlan:
-    """The work of the kernel for Hopper: query blocks of up to PLANNED_ROWS rows, each over one split of the keys."""
+    """The prefix part for Hopper: query blocks of up to PLANNED_ROWS rows, each over one split of the keys.
+
+    The suffixes' plan says how many programs there are.
+    """
 
     pack: int  # heads of a KV head's group that lie in one query block
     block_list: torch.Tensor  # int32 [max_items, 8], as in `prefill_attention.PrefillPlan`
     list_length: torch.Tensor  # int32 [1], on the device
     lse: torch.Tensor  # float32 [num_splits, B, num_heads]; stays -inf where a prefix has fewer splits
-    num_programs: int
+    sync: torch.Tensor  # int32 [1], how often warp groups were done with their prefix items, over all launches
 
 
 _ANY_POSITION = tl.constexpr(1 << 30)  # behind every prefix: nothing is masked
@@ -62,6 +68,7 @@ def _plan_splits_kernel(
     group_sizes_ptr,
     list_length_ptr,
     list_ptr,
+    sync_ptr,
     num_groups,
     most_blocks,
     ROWS: tl.constexpr,
@@ -83,6 +90,7 @@ def _plan_splits_kernel(
     most_splits = tl.minimum(tl.maximum(most_blocks // tl.maximum(tl.sum(blocks), 1), 1), MAX_SPLITS)
     items = blocks * tl.minimum(tiles, most_splits)
     tl.store(list_length_ptr, tl.sum(items), mask=this_group == 0)
+    tl.store(sync_ptr, 0, mask=this_group == 0)
     place = tl.sum(tl.where(groups < this_group, items, 0))
     start = tl.sum(tl.where(groups == this_group, starts, 0))
     size = tl.sum(tl.where(groups == this_group, sizes, 0))
@@ -122,13 +130,14 @@ def plan_splits(
     max_items = (num_requests // rows + num_groups) * num_splits
     device = prefix_lens.device
     block_list = torch.empty(max_items, 8, dtype=torch.int32, device=device)
-    list_length = torch.empty(1, dtype=torch.int32, device=device)
+    list_length, sync = (torch.empty(1, dtype=torch.int32, device=device) for _ in range(2))
     _plan_splits_kernel[(num_groups,)](
         prefix_lens,
         group_starts,
         group_sizes,
         list_length,
         block_list,
+        sync,
         num_groups,
         max(1, num_programs // (num_kv_heads * (group_size // pack))),
         ROWS=rows,
@@ -138,7 +147,7 @@ def plan_splits(
         num_warps=4,
     )
     lse = torch.full((num_splits, num_requests, num_heads), float("-inf"), device=device)
-    return SplitPrefixPlan(pack, block_list, list_length, lse, num_programs)
+    return SplitPrefixPlan(pack, block_list, list_length, lse, sync)
 
 
 def _choose_prefix_shape(k_cache: torch.Tensor, rows: int, num_programs: int | None) -> LaunchShape:
@@ -159,22 +168,20 @@ def plan_shared_prefix_triton(
     group_sizes: torch.Tensor,
     num_heads: int,
     num_programs: int | None = None,
-    prefix_rows: int = _PREFIX_ROWS,
-    prefix_shape: LaunchShape | None = None,
 ) -> SharedPrefixPlan:
     """Launch `shared_prefix_attention.plan_shared_prefix`; arguments as there, unchecked."""
     group_size = num_heads // k_cache.shape[1]
     rows = rows_of_group(group_size)
-    prefix_rows = max(prefix_rows, rows)
     prefix: DecodePlan | SplitPrefixPlan | None = None
     suffix_shape = choose_decode_shape(k_cache, group_size, num_programs)
-    is_split = suffix_shape.is_for_hopper and prefix_shape is None and fits_hopper_kernel(num_heads, k_cache)
-    if group_starts.shape[0] and is_split:
-        num_sms = device_limits(k_cache.device)[0]
-        prefix = plan_splits(
-            prefix_lens, group_starts, group_sizes, num_heads, k_cache.shape[1], num_programs or num_sms
-        )
+    if group_starts.shape[0] and suffix_shape.is_for_hopper and fits_hopper_kernel(num_heads, k_cache):
+        # Programs wait for one another, so there may be no more than run at once: one an SM.
+        most_programs = min(suffix_shape.num_programs, device_limits(k_cache.device)[0])
+        suffix_shape = replace(suffix_shape, num_programs=most_programs)
+        prefix = plan_splits(prefix_lens, group_starts, group_sizes, num_heads, k_cache.shape[1], most_programs)
     elif group_starts.shape[0]:
+        prefix_rows = max(_PREFIX_ROWS, rows)
+        suffix_shape = choose_launch_shape(k_cache, rows, num_programs)
         prefix = make_plan(
             k_cache,
             block_table,
@@ -182,7 +189,7 @@ def plan_shared_prefix_triton(
             group_size,
             part=PREFIX_PART,
             rows=prefix_rows,
-            shape=prefix_shape or _choose_prefix_shape(k_cache, prefix_rows, num_programs),
+            shape=_choose_prefix_shape(k_cache, prefix_rows, num_programs),
             prefix_lens=prefix_lens,
             groups=(group_starts, group_sizes),
         )
@@ -222,24 +229,20 @@ def shared_prefix_decode_attention_triton(
         plan = plan_shared_prefix_triton(
             k_cache, block_table, context_lens, prefix_lens, group_starts, group_sizes, q.shape[1], num_programs
         )
-    num_splits = 1
-    lse = torch.empty(1, *q.shape[:2], dtype=torch.float32, device=q.device)
-    if isinstance(plan.prefix, SplitPrefixPlan):
-        lse = plan.prefix.lse
-        num_splits = lse.shape[0]
-    prefix_out = torch.empty(num_splits, *q.shape, dtype=torch.float32, device=q.device)
-    prefix_result = (prefix_out, lse)
-    if isinstance(plan.prefix, SplitPrefixPlan):
-        from blendserve_kernels.gluon_kernels import prefill_attention
+    prefix, suffix = plan.prefix, plan.suffix
+    if isinstance(prefix, SplitPrefixPlan):
+        from blendserve_kernels.gluon_kernels import shared_prefix_attention
 
-        work = (plan.prefix.pack, plan.prefix.list_length, plan.prefix.block_list)
-        prefill_attention.launch(
-            q, k_cache, v_cache, block_table, scale, *work, prefix_out, plan.prefix.num_programs, lse
+        shared_prefix_attention.launch(
+            *(q, k_cache, v_cache, block_table, scale, prefix.pack, prefix.list_length, prefix.block_list),
+            *(suffix.list_length, suffix.tile_list, suffix.parts, suffix.counters, prefix.sync, prefix.lse, out),
+            suffix.shape.num_programs,
         )
-    elif plan.prefix is not None:
-        launch_paged_attention(q, k_cache, v_cache, block_table, scale, plan.prefix, prefix_out, prefix_result)
-    launch_paged_attention(
-        *(q, k_cache, v_cache, block_table, scale, plan.suffix, out, prefix_result),
-        is_behind_prefix=plan.prefix is not None,
-    )
+        return out
+    prefix_result = None
+    if prefix is not None:
+        prefix_out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+        prefix_result = (prefix_out, torch.empty(q.shape[:2], dtype=torch.float32, device=q.device))
+        launch_paged_attention(q, k_cache, v_cache, block_table, scale, prefix, prefix_out, prefix_result)
+    launch_paged_attention(q, k_cache, v_cache, block_table, scale, suffix, out, prefix_result)
     return out
