@@ -88,6 +88,16 @@ class DualScanner:
         self._compute_remaining = float(compute_seconds[remaining].sum())
         self._memory_remaining = float(memory_seconds[remaining].sum())
 
+    def follow(self, order: NDArray[np.int64]) -> None:
+        """Go on from one end, in `order`, a permutation of what remains."""
+        self._order[self._left : self._right] = order
+        self._is_two_ended = False
+
+    def go_on_from_both_ends(self) -> None:
+        """Go on with what remains in the order of the shard, after `follow`."""
+        self._order[self._left : self._right].sort()
+        self._is_two_ended = True
+
     @property
     def is_two_ended(self) -> bool:
         return self._is_two_ended

@@ -29,7 +29,7 @@ SHORT_PROMPT, SHORT_OUTPUT, LONG_PROMPT, LONG_OUTPUT = 400, 2, 20, 4000
 class Source:
     """`num_short` prompts with short outputs and `num_long` short ones with long outputs."""
 
-    learner = None
+    learner = lengths = None
 
     def __init__(self, num_short: int, num_long: int) -> None:
         self._prompt = np.r_[np.full(num_short, SHORT_PROMPT), np.full(num_long, LONG_PROMPT)]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from ordered_requests import OrderedRequests, read_ordered_requests
@@ -16,6 +18,7 @@ from blendserve.engine.engine import LLMEngine
 from blendserve.engine.request import Completion, Request
 from blendserve.engine.step_metrics import StepMetrics, metrics_table
 from blendserve.spec import EngineSpec, SamplingSpec
+from blendserve.timetable import KnownLengths, is_shared
 
 
 class Source:
@@ -25,6 +28,7 @@ class Source:
 
     def __init__(self, requests: OrderedRequests, count: int | None = None) -> None:
         self._requests = requests
+        self.lengths = _lengths(requests, count) if requests.is_two_ended else None
         self.scanner = DualScanner(
             compute_seconds=requests.compute_seconds[:count],
             memory_seconds=requests.memory_seconds[:count],
@@ -42,6 +46,19 @@ class Source:
             max_tokens=output_tokens,
             estimated_output_tokens=output_tokens,
         )
+
+
+def _lengths(requests: OrderedRequests, count: int | None) -> KnownLengths:
+    prompts = requests.prompts[:count]
+    shared = np.zeros(len(prompts), dtype=np.int64)
+    for number, (before, prompt) in enumerate(itertools.pairwise(prompts), start=1):
+        length = min(len(before), len(prompt))
+        differs = before[:length] != prompt[:length]
+        shared[number] = differs.argmax() if differs.any() else length
+    prompt_tokens = np.array([len(prompt) for prompt in prompts])
+    return KnownLengths(
+        prompt_tokens, requests.output_tokens[:count].astype(np.int64), is_shared(prompt_tokens, shared)
+    )
 
 
 def run(engine: LLMEngine, requests: OrderedRequests, steps_path: Path | None) -> dict:

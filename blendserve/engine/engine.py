@@ -145,7 +145,7 @@ class LLMEngine:
         Each request comes out of `on_finished` once; one that can't run comes out with an error. When all of them are
         admitted, `next_source` may say what to go on with beside those that still run.
         """
-        self._scheduler = self._make_scheduler(source)
+        self._scheduler = self._make_scheduler(source, is_last=next_source is None)
         self._num_steps = self._num_shrinks = 0
         self._started = self._ended = time.perf_counter()
         self.busy_seconds = self.waiting_seconds = 0.0
@@ -173,7 +173,9 @@ class LLMEngine:
         self._completions.clear()
         self._kv_cache.check_integrity(())
 
-    def _make_scheduler(self, source: RequestSource, running: RunningRequests | None = None) -> Scheduler:
+    def _make_scheduler(
+        self, source: RequestSource, running: RunningRequests | None = None, *, is_last: bool = False
+    ) -> Scheduler:
         return Scheduler(
             source,
             self._kv_cache,
@@ -183,6 +185,7 @@ class LLMEngine:
             paced_tokens=self._paced_tokens,
             weights_tokens=self.config.layer_parameters // self.config.kv_elements_per_token,
             running=running,
+            is_last=is_last,
         )
 
     @property

@@ -53,6 +53,11 @@ class MemoryForecast:
         }
 
     @property
+    def held_tokens(self) -> int:
+        """What the running requests hold now, with what is still to be computed of their prompts."""
+        return self._base_tokens
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing runs."""
         return len(self._own_tokens) == 0

@@ -17,6 +17,7 @@ from blendserve.engine.running import RunningRequests
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
 from blendserve.engine.upcoming import RequestSource, UpcomingRequests
 from blendserve.length_learning import LEARNT_REST_SHARE
+from blendserve.timetable import KnownLengths, Timetable, make_timetable
 
 # What the forecast has no room for has none in the next steps either, unless a request ends: each grows by a token and
 # has one less to go. So it is asked again after a few, for what may have changed beside that.
@@ -37,6 +38,7 @@ class Scheduler:
         paced_tokens: int | None = None,
         weights_tokens: int = 0,
         running: RunningRequests | None = None,
+        is_last: bool = True,
     ) -> None:
         """paced_tokens: where both overlap, the left front is prefilled at the pace of the running decodes, in steps of
         as many tokens or more, and the right one is admitted while steps lack memory work.
@@ -44,7 +46,8 @@ class Scheduler:
         weights_tokens: of KV cache, that take as long to read as the model's weights: a paced step has room for prompts
         meanwhile.
 
-        running: what goes on from another source, all of it decoding and no step of it in flight.
+        running: what goes on from another source, all of it decoding and no step of it in flight. is_last: whether
+        nothing will come after this source, which then gets a timetable where lengths are known and nothing is paced.
         """
         self._upcoming = UpcomingRequests(source)
         self._kv_cache = kv_cache
@@ -56,11 +59,23 @@ class Scheduler:
         self._pace: Pace | None = None
         if paced_tokens is not None and source.scanner.is_two_ended:
             self._pace = Pace(source.scanner, source.learner, least_tokens=paced_tokens, weights_tokens=weights_tokens)
-        self._waiting = AdmissionOrder(self._upcoming, self._pace, max_num_batched_tokens)
+        timetable = None
+        if is_last and self._pace is None and source.scanner.is_two_ended and source.lengths is not None:
+            timetable = self._make_timetable(source.lengths)
+        self._waiting = AdmissionOrder(self._upcoming, self._pace, max_num_batched_tokens, timetable)
         self._prefill_budget = 0  # tokens of prompts that this step may still have
         self._num_steps = 0
         self._next_admission = 0  # the step before which none is worth a try
         self._is_planned = np.zeros(max_num_seqs, dtype=np.bool_)  # into this step: these can't be preempted
+
+    def _make_timetable(self, lengths: KnownLengths) -> Timetable | None:
+        return make_timetable(
+            lengths,
+            capacity_tokens=self._capacity_tokens,
+            block_size=self._kv_cache.block_size,
+            max_num_seqs=len(self.running.requests),
+            max_step_tokens=self._max_num_batched_tokens,
+        )
 
     @property
     def num_waiting(self) -> int:
@@ -95,7 +110,11 @@ class Scheduler:
         return batch
 
     def finish(self, row: int, is_reusable: bool = True) -> Request:
-        """Take a request out of its row. `is_reusable`: whether others may share what it has computed."""
+        """Take a request that has ended out of its row; `is_reusable`: others may share what it has computed."""
+        self._waiting.note_end(self.running.request(row), int(self.running.generated_tokens[row]))
+        return self._take_out(row, is_reusable)
+
+    def _take_out(self, row: int, is_reusable: bool = True) -> Request:
         self._next_admission = 0
         request = self.running.request(row)
         self._kv_cache.release(request)
@@ -109,14 +128,14 @@ class Scheduler:
     def abort(self) -> None:
         """Drop all running and preempted requests and give their blocks back."""
         for row in np.flatnonzero(self.running.serials).tolist():
-            self.finish(row)
+            self._take_out(row)
         self._waiting.clear()
 
     def begin_again(self, kv_cache: KVCache) -> None:
         """Take all running requests back, with the tokens that are known, and go on with another, empty cache."""
         rows = np.flatnonzero(self.running.serials)
         for row in rows[np.argsort(-self.running.serials[rows])].tolist():
-            self._waiting.put_back(self.finish(row))
+            self._waiting.put_back(self._take_out(row))
         self._drained.clear()
         self._kv_cache = kv_cache
 
@@ -219,7 +238,7 @@ class Scheduler:
 
     def _preempt(self, batch: ScheduledBatch, row: int) -> None:
         """Take a request back; a token of it that isn't known yet will be sampled again."""
-        self._waiting.put_back(self.finish(row))
+        self._waiting.put_back(self._take_out(row))
         batch.num_preempted += 1
 
     def _admit(self, batch: ScheduledBatch) -> None:
@@ -237,7 +256,10 @@ class Scheduler:
     def _admit_one(self, batch: ScheduledBatch, forecast: MemoryForecast) -> bool:
         """Admit the first candidate that fits, or fail one that never will. False when there is none to admit now."""
         lacks_only_room = self._pace is None
-        for candidate in self._waiting.candidates(forecast, self._capacity_tokens, self._prefill_budget):
+        candidates = self._waiting.candidates(
+            forecast, self._capacity_tokens, step=self._num_steps, prefill_budget=self._prefill_budget
+        )
+        for candidate in candidates:
             request = candidate.request
             reason = self._reason_against(request)
             if reason is not None:
@@ -261,7 +283,7 @@ class Scheduler:
             forecast.add(request, num_cached, num_revived)
             return True
         if lacks_only_room:
-            self._next_admission = self._num_steps + _REFUSED_STEPS
+            self._next_admission = min(self._num_steps + _REFUSED_STEPS, self._waiting.next_due(self._num_steps))
         return False
 
     def _start(self, request: Request) -> int:

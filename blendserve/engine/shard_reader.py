@@ -21,6 +21,7 @@ from blendserve.engine.sampler import request_seed
 from blendserve.errors import PlanError
 from blendserve.length_learning import KNOWN, LEARNING_KEY, LengthLearner, ObservedLengths, ShardLengths
 from blendserve.schemas import SCHEDULED_REQUESTS
+from blendserve.timetable import KnownLengths, is_shared
 
 # Prompts that are kept in memory: what lies around two fronts, and units from elsewhere in the file where what has been
 # learnt of lengths has put them in another order.
@@ -73,6 +74,7 @@ class ShardReader:
             guest.position = position
         lengths = self._read_lengths() if is_two_ended else None
         self.learner = None if lengths is None else LengthLearner(_with_guests(lengths, guests), self.scanner)
+        self.lengths = self._known_lengths() if is_two_ended and self.learner is None else None
 
     def position_of(self, row_index: int) -> int:
         """Where the request of this row stands in the scanner."""
@@ -156,6 +158,17 @@ class ShardReader:
             ),
         )
         return lengths if lengths.is_learnable else None
+
+    def _known_lengths(self) -> KnownLengths:
+        prompt_tokens = self._numbers("num_prompt_tokens")[self._remaining].astype(np.int64)
+        shared_tokens = self._numbers("shared_prefix_tokens")[self._remaining].astype(np.int64)
+        return KnownLengths(
+            prompt_tokens=prompt_tokens,
+            output_tokens=np.minimum(
+                self._numbers("estimated_output_tokens")[self._remaining].astype(np.int64), self._max_tokens
+            ),
+            is_shared=is_shared(prompt_tokens, shared_tokens),
+        )
 
     def _numbers(self, column: str) -> NDArray[np.float64]:
         values: NDArray[np.float64] = self._file.read(columns=[column]).column(column).to_numpy()

@@ -86,7 +86,7 @@ class ShardRunner:
             on_finished=self._take,
             on_step=self._note,
             should_stop=lambda: self._should_stop() or any(attempt.is_lost for attempt in self._open),
-            next_source=partial(self._next_source, orders),
+            next_source=partial(self._next_source, orders) if len(self._coming) > 1 else None,
         )
         if self._open:
             states = " ".join(attempt.state for attempt in self._open)

@@ -12,6 +12,7 @@ from blendserve.dual_scanner import DualScanner, Front
 from blendserve.engine.request import Request
 from blendserve.engine.running import RunningRequests
 from blendserve.length_learning import LEARNT_REST_SHARE, LengthLearner, surplus
+from blendserve.timetable import KnownLengths
 
 _AHEAD = 16  # at each front
 # How many steps a view of what lies ahead may age: where the fronts have moved since, and where they haven't.
@@ -29,6 +30,11 @@ class RequestSource(Protocol):
     @property
     def learner(self) -> LengthLearner | None:
         """What learns output lengths while requests run; None where they are known."""
+        ...
+
+    @property
+    def lengths(self) -> KnownLengths | None:
+        """Of all requests, where they are known."""
         ...
 
     def request(self, position: int) -> Request: ...

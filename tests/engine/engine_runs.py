@@ -90,6 +90,7 @@ class ListSource:
     """Requests from a list, in its order or from both ends."""
 
     learner = None
+    lengths = None  # no timetable
 
     def __init__(self, requests: Sequence[dict[str, Any]], *, is_two_ended: bool = False) -> None:
         self._requests = requests
@@ -187,6 +188,7 @@ def write_plan(
             "max_tokens": stated["max_tokens"],
             "estimated_output_tokens": stated["max_tokens"],
             "shared_prefix_tokens": 0,
+            "num_prompt_tokens": len(stated["prompt_token_ids"]),
             "compute_seconds": 1.0,
             "memory_seconds": 1.0,
             "unit_id": 0,

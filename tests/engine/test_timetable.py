@@ -1,0 +1,144 @@
+"""Timetables: what they promise holds for any lengths, and the scheduler keeps to them as long as lengths are right."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.dry_run import DryRun
+from blendserve.dual_scanner import DualScanner
+from blendserve.engine.kv_cache import KVCache
+from blendserve.engine.request import Request
+from blendserve.engine.scheduler import Scheduler
+from blendserve.timetable import KnownLengths, Timetable, is_shared, make_timetable
+
+BLOCK_SIZE, NUM_BLOCKS, MAX_NUM_SEQS, STEP_TOKENS = 16, 250, 64, 256
+CAPACITY = NUM_BLOCKS * BLOCK_SIZE
+
+
+def make_lengths(seed: int, num_requests: int = 150) -> KnownLengths:
+    """A third each of long prompts with short outputs, short prompts with long outputs, and something between."""
+    random = np.random.default_rng(seed)
+    kind = np.sort(random.integers(0, 3, num_requests))
+    prompt = np.choose(kind, [random.integers(60, 120, num_requests), random.integers(10, 40, num_requests), 8])
+    output = np.choose(kind, [4, random.integers(120, 250, num_requests), random.integers(250, 300, num_requests)])
+    return KnownLengths(prompt, output, np.zeros(num_requests, dtype=np.bool_))
+
+
+def timetable_of(lengths: KnownLengths) -> Timetable | None:
+    return make_timetable(
+        lengths,
+        capacity_tokens=CAPACITY,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_step_tokens=STEP_TOKENS,
+    )
+
+
+class Source:
+    """Requests of these lengths, the estimates maybe others."""
+
+    learner = None
+
+    def __init__(self, lengths: KnownLengths, output_tokens: np.ndarray, *, has_timetable: bool) -> None:
+        self.lengths = lengths if has_timetable else None
+        self._stated, self._output_tokens = lengths, output_tokens
+        compute = (lengths.prompt_tokens + lengths.output_tokens).astype(np.float64)
+        memory = lengths.output_tokens * (lengths.prompt_tokens + lengths.output_tokens / 2)
+        self.scanner = DualScanner(
+            compute_seconds=compute, memory_seconds=memory, unit_density=compute / memory, is_two_ended=True
+        )
+
+    def request(self, position: int) -> Request:
+        tokens = np.random.default_rng(position).integers(0, 1000, int(self._stated.prompt_tokens[position]))
+        return Request(
+            position=position,
+            row_index=position,
+            request_id=str(position),
+            prompt_token_ids=tokens.astype(np.int32),
+            max_tokens=300,
+            estimated_output_tokens=int(self._stated.output_tokens[position]),
+        )
+
+
+def run(lengths: KnownLengths, output_tokens: np.ndarray, *, has_timetable: bool = True) -> tuple[int, int, int]:
+    """Steps, preemptions and the most prompt tokens in a step, from both fronts or by a timetable."""
+    scheduler = Scheduler(
+        Source(lengths, output_tokens, has_timetable=has_timetable),
+        KVCache(NUM_BLOCKS, BLOCK_SIZE, True),
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=STEP_TOKENS,
+        max_model_len=1000,
+    )
+    steps, ended = [], []
+    for step in DryRun(scheduler, lambda request: int(output_tokens[request.position])).steps():
+        steps.append((step.batch.num_preempted, step.batch.num_prefill_tokens))
+        ended += [request.position for request in step.ended]
+    assert sorted(ended) == list(range(len(output_tokens))), "each request ends once"
+    preempted, prefilled = np.array(steps).T
+    return len(steps), int(preempted.sum()), int(prefilled.max())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 120))
+def test_what_a_timetable_holds_fits(seed: int, num_requests: int) -> None:
+    lengths = make_lengths(seed, num_requests)
+    table = timetable_of(lengths)
+    if table is None:
+        return
+    assert sorted(table.order.tolist()) == list(range(num_requests)) and (table.starts >= 0).all()
+    ends = table.starts + lengths.output_tokens
+    for step in range(0, int(ends.max()), 7):
+        runs = (table.starts <= step) & (step < ends)
+        held = (lengths.prompt_tokens + step - table.starts)[runs].sum()
+        assert held <= CAPACITY and runs.sum() <= MAX_NUM_SEQS
+        assert held <= table.used_tokens[step // table.slot_steps]
+
+
+def test_the_cache_is_fuller_and_nothing_is_preempted() -> None:
+    lengths = make_lengths(1, 80)
+    by_table = run(lengths, lengths.output_tokens)
+    by_fronts = run(lengths, lengths.output_tokens, has_timetable=False)
+    assert by_table[0] < 0.95 * by_fronts[0] and by_table[1] == 0
+
+
+def test_prompts_come_evenly() -> None:
+    lengths = make_lengths(1)
+    table = timetable_of(lengths)
+    assert table is not None
+    starts = table.starts[lengths.output_tokens == 4]
+    assert (np.diff(starts) >= 0).all(), "in the order of the shard"
+    quarters = np.histogram(starts, bins=4, range=(0, int((table.starts + lengths.output_tokens).max())))[0]
+    assert quarters.min() > 0.8 * quarters.mean()
+
+
+def test_what_shares_a_prompt_stays_together() -> None:
+    lengths = make_lengths(2)
+    shared = np.zeros(150, dtype=np.int64)
+    shared[121:135] = 60
+    prompt_tokens = np.maximum(lengths.prompt_tokens, 64)
+    lengths = KnownLengths(prompt_tokens, lengths.output_tokens, is_shared(prompt_tokens, shared))
+    assert np.flatnonzero(lengths.is_shared).tolist() == list(range(120, 135))
+    table = timetable_of(lengths)
+    assert table is not None
+    assert [position for position in table.order.tolist() if 120 <= position < 135] == list(range(120, 135))
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.5, 2.0])
+def test_wrong_lengths_end_a_timetable_and_lose_nothing(factor: float) -> None:
+    stated = make_lengths(3)
+    actual = np.clip((stated.output_tokens * factor).astype(np.int64), 1, 300)
+    by_table, by_fronts = run(stated, actual), run(stated, actual, has_timetable=False)
+    assert by_table[0] <= 1.15 * by_fronts[0]
+
+
+def test_none_is_made_where_the_cache_is_never_full_or_too_small() -> None:
+    lengths = make_lengths(4, 20)
+    assert timetable_of(lengths) is None
+    nothing = np.zeros(0, dtype=np.int64)
+    assert timetable_of(KnownLengths(nothing, nothing, nothing.astype(np.bool_))) is None
+    ones = np.ones(150, dtype=np.int64)
+    assert timetable_of(KnownLengths(50 * ones, ones, ones < 0)) is None
+    assert timetable_of(KnownLengths(2 * CAPACITY * ones, 300 * ones, ones < 0)) is None
