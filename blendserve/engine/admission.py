@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from blendserve.admission_rate import READMITTED_SHARE
 from blendserve.dual_scanner import Front
+from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.memory_forecast import MemoryForecast
 from blendserve.engine.pace import Pace
 from blendserve.engine.request import Request
@@ -70,6 +71,22 @@ class _RightShare:
 
     def take(self, request: Request) -> None:
         self._allowed_tokens -= request.footprint_tokens
+
+
+def reason_against(request: Request, max_model_len: int, kv_cache: KVCache) -> str | None:
+    """Why a request can never run, or None."""
+    num_tokens = request.num_prompt_tokens
+    if num_tokens == 0:
+        return "the prompt is empty: it has no tokens"
+    if num_tokens >= max_model_len:
+        return (
+            f"the prompt has {num_tokens} tokens; with at least one for the completion the context of "
+            f"{max_model_len} tokens is exceeded"
+        )
+    if kv_cache.blocks_for(num_tokens) > kv_cache.num_blocks:
+        capacity_tokens = kv_cache.num_blocks * kv_cache.block_size
+        return f"the prompt has {num_tokens} tokens; the KV cache holds {capacity_tokens}. Raise num_blocks"
+    return None
 
 
 class AdmissionOrder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from blendserve.engine.admission import AdmissionOrder
+from blendserve.engine.admission import AdmissionOrder, reason_against
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.memory_forecast import MemoryForecast
 from blendserve.engine.pace import Pace
@@ -261,7 +261,7 @@ class Scheduler:
         )
         for candidate in candidates:
             request = candidate.request
-            reason = self._reason_against(request)
+            reason = reason_against(request, self._max_model_len, self._kv_cache)
             if reason is not None:
                 self._waiting.take(candidate)
                 batch.failed.append((request, reason))
@@ -291,20 +291,6 @@ class Scheduler:
         row = self.running.admit(request, min(request.max_tokens, self._max_model_len - request.num_prompt_tokens))
         self._prefilling.append(row)
         return row
-
-    def _reason_against(self, request: Request) -> str | None:
-        """Why a request can never run, or None."""
-        num_tokens = request.num_prompt_tokens
-        if num_tokens == 0:
-            return "the prompt is empty: it has no tokens"
-        if num_tokens >= self._max_model_len:
-            return (
-                f"the prompt has {num_tokens} tokens; with at least one for the completion the context of "
-                f"{self._max_model_len} tokens is exceeded"
-            )
-        if self._kv_cache.blocks_for(num_tokens) > self._kv_cache.num_blocks:
-            return f"the prompt has {num_tokens} tokens; the KV cache holds {self._capacity_tokens}. Raise num_blocks"
-        return None
 
     def _forecast(self) -> MemoryForecast:
         rows = self.running.active_rows()
