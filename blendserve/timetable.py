@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 _SLOTS: Final = 256  # that a timetable is divided into, about
-_MOST_PLACED: Final = 20_000  # requests, which take about 50 us each
+_MOST_PLACED: Final = 200_000  # requests in all trials together, which take about 50 us each
 _LITTLE: Final = 100  # output tokens
 _ROOM: Final = 0.92  # share of the cache, and of the rows, that is planned with: requests begin a few steps late
 _FILLED: Final = 0.6  # of the cache during the longest request's life, below which there is room enough anyway
@@ -102,15 +102,18 @@ def make_timetable(
         lengths.output_tokens.sum() / most_running,
         lengths.prompt_tokens.sum() / max_step_tokens,
     )
-    num_steps = least
+    num_steps, num_placed = least, 0
     while num_steps <= _MOST_STRETCH * least:
         packing = _Packing(lengths, int(num_steps), room, most_running, unfilled_tokens=block_size // 2)
-        if not 0 < packing.num_placed <= _MOST_PLACED:
-            return None
         for share, power in _LONGEST:
             found = packing.place(share, power)
+            if packing.num_placed == 0:
+                return None
             if found is not None:
                 return found
+        num_placed += packing.num_placed
+        if num_placed > _MOST_PLACED:
+            return None
         num_steps *= _STRETCH
     return None
 
@@ -139,10 +142,7 @@ class _Packing:
         self._spread(np.flatnonzero(is_in_order))
         others = np.flatnonzero(~is_in_order)
         self._others = others[np.argsort(-lengths.output_tokens[others], kind="stable")]
-
-    @property
-    def num_placed(self) -> int:
-        return len(self._others)
+        self.num_placed = 0  # in all trials
 
     def _spread(self, rows: NDArray[np.int64]) -> None:
         """Let `rows` begin in order, evenly by their tokens."""
@@ -164,6 +164,7 @@ class _Packing:
         output = self._lengths.output_tokens[self._others]
         used, running, starts = self._used.copy(), self._running.copy(), self._starts.copy()
         num_longest = int((output >= share * output.max(initial=0)).sum())
+        self.num_placed += num_longest
         spread = ((np.arange(num_longest) + 0.5) * _GOLDEN % 1.0) ** power
         begins = (spread * (self._num_steps - output[:num_longest]) / self._slot).astype(np.int64)
         for row, begin in zip(self._others[:num_longest].tolist(), begins.tolist(), strict=True):
@@ -185,6 +186,7 @@ class _Packing:
             used[begin : begin + len(held)] += held
             running[begin : begin + len(held)] += 1
             starts[row] = begin * self._slot
+            self.num_placed += 1
         return Timetable(starts, used, self._slot)
 
     def _held(self, row: int) -> NDArray[np.float64]:

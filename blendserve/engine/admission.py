@@ -133,7 +133,10 @@ class AdmissionOrder:
             return
         if candidate.front is Front.RIGHT:
             self._right_share.take(candidate.request)
-        candidate.request.front = candidate.front
+        is_from_table = self._timetable is not None
+        candidate.request.front = (
+            self._scanner.front_of(candidate.request.position) if is_from_table else candidate.front
+        )
         self._upcoming.take(candidate.front)
 
     def note_end(self, request: Request, num_generated: int) -> None:
