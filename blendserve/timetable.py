@@ -27,7 +27,7 @@ _STRETCH: Final = 1.03  # by which a timetable becomes longer where requests don
 _MOST_STRETCH: Final = 3.0
 _UNDERUSED: Final = 0.5  # share of the planned use below which requests begin before their time
 # The longest requests are those within a share of the longest; the n-th of N begins at (n / N) ** power of its latest.
-_LONGEST: Final = ((1.0, 0.5), (1.0, 0.7), (1.0, 1.0), (0.9, 0.5), (0.9, 0.7), (0.75, 0.5), (0.75, 0.7))
+_LONGEST: Final = ((1.0, 0.3), (1.0, 0.4), (1.0, 0.5), (1.0, 0.7), (0.9, 0.5), (0.9, 0.7), (0.75, 0.5), (0.75, 0.7))
 _MUCH_SHARED: Final = 0.1  # of a prompt
 _LEAST_SHARED: Final = 32  # tokens
 _GOLDEN: Final = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly however many there are
