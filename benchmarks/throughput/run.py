@@ -157,6 +157,7 @@ def main() -> None:
         scratch = Path(name)
         model_folder(scratch / "model")
         keep = arguments.keep or scratch
+        keep.mkdir(parents=True, exist_ok=True)
         jobs = [
             {"workload": Path(name).name, "folder": folder_of(name, scratch), "order": order}
             for name, _, orders in (workload.partition(":") for workload in arguments.workload)
