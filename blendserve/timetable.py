@@ -163,15 +163,18 @@ class _Packing:
         """Place all others, those within `share` of the longest as `_LONGEST` says; None where one finds no room."""
         output = self._lengths.output_tokens[self._others]
         used, running, starts = self._used.copy(), self._running.copy(), self._starts.copy()
-        num_longest = int((output >= share * output.max(initial=0)).sum())
-        self.num_placed += num_longest
-        spread = ((np.arange(num_longest) + 0.5) * _GOLDEN % 1.0) ** power
-        begins = (spread * (self._num_steps - output[:num_longest]) / self._slot).astype(np.int64)
-        for row, begin in zip(self._others[:num_longest].tolist(), begins.tolist(), strict=True):
-            held = self._held(row)
+
+        def begin_at(begin: int, row: int, held: NDArray[np.float64]) -> None:
             used[begin : begin + len(held)] += held
             running[begin : begin + len(held)] += 1
             starts[row] = begin * self._slot
+            self.num_placed += 1
+
+        num_longest = int((output >= share * output.max(initial=0)).sum())
+        spread = ((np.arange(num_longest) + 0.5) * _GOLDEN % 1.0) ** power
+        begins = (spread * (self._num_steps - output[:num_longest]) / self._slot).astype(np.int64)
+        for row, begin in zip(self._others[:num_longest].tolist(), begins.tolist(), strict=True):
+            begin_at(begin, row, self._held(row))
         if used.max() > self._room or running.max() > self._most_running:
             return None
         for row in self._others[num_longest:].tolist():
@@ -183,10 +186,7 @@ class _Packing:
             begin = int(fits.argmax())
             if not fits[begin]:
                 return None
-            used[begin : begin + len(held)] += held
-            running[begin : begin + len(held)] += 1
-            starts[row] = begin * self._slot
-            self.num_placed += 1
+            begin_at(begin, row, held)
         return Timetable(starts, used, self._slot)
 
     def _held(self, row: int) -> NDArray[np.float64]:

@@ -133,10 +133,8 @@ class AdmissionOrder:
             return
         if candidate.front is Front.RIGHT:
             self._right_share.take(candidate.request)
-        is_from_table = self._timetable is not None
-        candidate.request.front = (
-            self._scanner.front_of(candidate.request.position) if is_from_table else candidate.front
-        )
+        request = candidate.request
+        request.front = self._scanner.front_of(request.position) if self._timetable else candidate.front
         self._upcoming.take(candidate.front)
 
     def note_end(self, request: Request, num_generated: int) -> None:
