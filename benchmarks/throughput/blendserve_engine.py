@@ -18,7 +18,7 @@ from blendserve.engine.engine import LLMEngine
 from blendserve.engine.request import Completion, Request
 from blendserve.engine.step_metrics import StepMetrics, metrics_table
 from blendserve.spec import EngineSpec, SamplingSpec
-from blendserve.timetable import KnownLengths, is_shared
+from blendserve.timetable import KnownLengths
 
 
 class Source:
@@ -56,9 +56,7 @@ def _lengths(requests: OrderedRequests, count: int | None) -> KnownLengths:
         differs = before[:length] != prompt[:length]
         shared[number] = differs.argmax() if differs.any() else length
     prompt_tokens = np.array([len(prompt) for prompt in prompts])
-    return KnownLengths(
-        prompt_tokens, requests.output_tokens[:count].astype(np.int64), is_shared(prompt_tokens, shared)
-    )
+    return KnownLengths(prompt_tokens, requests.output_tokens[:count].astype(np.int64), shared)
 
 
 def run(engine: LLMEngine, requests: OrderedRequests, steps_path: Path | None) -> dict:

@@ -44,8 +44,6 @@ _LAST_SHARE = 0.2
 _ENDED = 32
 _MISSED = 0.4
 
-_NEVER = 1 << 60
-
 log = logging.getLogger(__name__)
 
 
@@ -100,7 +98,7 @@ class AdmissionOrder:
         timetable: Timetable | None = None,
     ) -> None:
         """pace: what says which front lacks work; without one each front has its share of the cache. timetable: when
-        each request should begin; it takes the place of the fronts.
+        each request should begin; at the left front are its flexible ones then, at the right one the others.
         """
         self._upcoming = upcoming
         self._scanner = upcoming.scanner
@@ -110,8 +108,10 @@ class AdmissionOrder:
         self._right_share = _RightShare()
         self._timetable = timetable
         self._num_ended = self._expected_tokens = self._missed_tokens = 0
+        self._tokens_left = 0  # that steps have to compute of what waits, by the timetable
         if timetable is not None:
             self._scanner.follow(timetable.order)
+            self._tokens_left = int(timetable.lengths.computed_tokens.sum())
 
     @property
     def num_waiting(self) -> int:
@@ -133,8 +133,9 @@ class AdmissionOrder:
             return
         if candidate.front is Front.RIGHT:
             self._right_share.take(candidate.request)
-        request = candidate.request
-        request.front = self._scanner.front_of(request.position) if self._timetable else candidate.front
+        candidate.request.front = candidate.front
+        if self._timetable is not None:
+            self._tokens_left -= int(self._timetable.lengths.computed_tokens[candidate.request.position])
         self._upcoming.take(candidate.front)
 
     def note_end(self, request: Request, num_generated: int) -> None:
@@ -158,7 +159,11 @@ class AdmissionOrder:
     def candidates(
         self, forecast: MemoryForecast, capacity_tokens: int, *, step: int, prefill_budget: int
     ) -> Iterator[Candidate]:
-        """What may be admitted next, the best first. prefill_budget: prompts' tokens that this step may still have."""
+        """What may be admitted next, the best first.
+
+        prefill_budget: prompts' tokens that this step may still have. By the timetable, flexible requests are admitted
+        with one and all others without.
+        """
         if self._preempted:
             is_two_ended = self._scanner.is_two_ended
             room = capacity_tokens * READMITTED_SHARE if is_two_ended else capacity_tokens
@@ -168,7 +173,10 @@ class AdmissionOrder:
             return
         if self._scanner.num_remaining == 0:
             return
-        if not forecast.is_empty and not self._is_due(step, forecast.held_tokens):
+        if self._timetable is not None:
+            front = self._front_by_timetable(self._timetable, forecast, step, prefill_budget)
+            if front is not None:
+                yield self._at(front, capacity_tokens)
             return
         by_rate = self._pace and self._fronts_by_rate(self._pace, forecast, capacity_tokens)
         for front in by_rate or self._fronts_by_memory(forecast, capacity_tokens):
@@ -176,15 +184,30 @@ class AdmissionOrder:
                 most = self._scanner.max_held_tokens(front, capacity_tokens)
                 yield self._at(front, most if by_rate else self._room(capacity_tokens))
 
-    def next_due(self, step: int) -> int:
-        """The first step after `step` in which a request's time will have come; far off where there is no timetable."""
-        if self._timetable is None or self._preempted or self._scanner.num_remaining == 0:
-            return _NEVER
-        return max(int(self._timetable.starts[self._scanner.peek(Front.LEFT)]), step + 1)
+    @property
+    def has_timetable(self) -> bool:
+        return self._timetable is not None
 
-    def _is_due(self, step: int, held_tokens: int) -> bool:
-        table = self._timetable
-        return table is None or table.is_due(self._scanner.peek(Front.LEFT), step, held_tokens)
+    def step_tokens(self, step: int, num_unfinished: int) -> int:
+        """How many tokens this step should compute by the timetable; 0 without one.
+
+        num_unfinished: tokens of what runs, to be computed yet.
+        """
+        return self._timetable.step_tokens(step, self._tokens_left + num_unfinished) if self._timetable else 0
+
+    def _front_by_timetable(
+        self, table: Timetable, forecast: MemoryForecast, step: int, prefill_budget: int
+    ) -> Front | None:
+        """Which front's next request may begin now: a flexible one as far as there is a budget for its prompt, another
+        where there is none and its time has come, or nothing else is left to do.
+        """
+        flexible, timed = self._scanner.peek(Front.LEFT), self._scanner.peek(Front.RIGHT)
+        if prefill_budget > 0:
+            return Front.LEFT if table.is_flexible[flexible] else None
+        if table.is_flexible[timed]:
+            return None
+        is_idle = forecast.is_empty and not table.is_flexible[flexible]
+        return Front.RIGHT if is_idle or table.is_due(timed, step, forecast.held_tokens) else None
 
     def _room(self, capacity_tokens: int) -> float:
         """What running requests may be expected to hold at most."""

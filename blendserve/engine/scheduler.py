@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from blendserve.dual_scanner import Front
 from blendserve.engine.admission import AdmissionOrder, reason_against
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.memory_forecast import MemoryForecast
@@ -17,7 +18,7 @@ from blendserve.engine.running import RunningRequests
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
 from blendserve.engine.upcoming import RequestSource, UpcomingRequests
 from blendserve.length_learning import LEARNT_REST_SHARE
-from blendserve.timetable import KnownLengths, Timetable, make_timetable
+from blendserve.timetable import KnownLengths, Timetable, make_timetable, padded_tokens
 
 # What the forecast has no room for has none in the next steps either, unless a request ends: each grows by a token and
 # has one less to go. So it is asked again after a few, for what may have changed beside that.
@@ -101,8 +102,12 @@ class Scheduler:
         self._prefill_budget = self._max_num_batched_tokens
         if self._pace:
             self._prefill_budget = self._pace.begin_step(self.running, len(batch.decode_rows))
+        elif self._waiting.has_timetable:
+            self._prefill_budget = 0
+            self._admit(batch)  # those whose time has come
+            self._prefill_budget = self._flexible_tokens(batch.num_tokens)
         for row in list(self._prefilling):
-            if row in self._prefilling:  # not preempted meanwhile
+            if row in self._prefilling and not self._is_planned[row]:  # not preempted meanwhile, nor admitted
                 self._schedule_prefill(batch, row)
         self._admit(batch)
         self._plan_sampling(batch)
@@ -166,7 +171,8 @@ class Scheduler:
     def _schedule_prefill(self, batch: ScheduledBatch, row: int) -> None:
         request = self.running.request(row)
         budget = self._max_num_batched_tokens - batch.num_tokens
-        budget = min(budget, self._prefill_budget)
+        if self._pace or request.front is Front.LEFT:
+            budget = min(budget, self._prefill_budget)
         if budget <= 0:
             return
         num_shared = self._kv_cache.take_cached_blocks(request)
@@ -255,7 +261,7 @@ class Scheduler:
 
     def _admit_one(self, batch: ScheduledBatch, forecast: MemoryForecast) -> bool:
         """Admit the first candidate that fits, or fail one that never will. False when there is none to admit now."""
-        lacks_only_room = self._pace is None
+        lacks_only_room = self._pace is None and not self._waiting.has_timetable
         candidates = self._waiting.candidates(
             forecast, self._capacity_tokens, step=self._num_steps, prefill_budget=self._prefill_budget
         )
@@ -283,8 +289,16 @@ class Scheduler:
             forecast.add(request, num_cached, num_revived)
             return True
         if lacks_only_room:
-            self._next_admission = min(self._num_steps + _REFUSED_STEPS, self._waiting.next_due(self._num_steps))
+            self._next_admission = self._num_steps + _REFUSED_STEPS
         return False
+
+    def _flexible_tokens(self, num_tokens: int) -> int:
+        """By the timetable, how many tokens a step of `num_tokens` should have beside them."""
+        rows = self.running.active_rows()
+        unprefilled = np.maximum(self.running.prefill_tokens[rows] - self.running.context_tokens[rows], 0)
+        unfinished = int(unprefilled.sum() + self.running.remaining_output_tokens(rows).sum()) + num_tokens
+        step_tokens = self._waiting.step_tokens(self._num_steps, unfinished)
+        return max(step_tokens, padded_tokens(num_tokens)) - num_tokens
 
     def _start(self, request: Request) -> int:
         request.num_prefill_tokens = request.num_tokens

@@ -21,7 +21,7 @@ from blendserve.engine.sampler import request_seed
 from blendserve.errors import PlanError
 from blendserve.length_learning import KNOWN, LEARNING_KEY, LengthLearner, ObservedLengths, ShardLengths
 from blendserve.schemas import SCHEDULED_REQUESTS
-from blendserve.timetable import KnownLengths, is_shared
+from blendserve.timetable import KnownLengths
 
 # Prompts that are kept in memory: what lies around two fronts, and units from elsewhere in the file where what has been
 # learnt of lengths has put them in another order.
@@ -160,14 +160,13 @@ class ShardReader:
         return lengths if lengths.is_learnable else None
 
     def _known_lengths(self) -> KnownLengths:
-        prompt_tokens = self._numbers("num_prompt_tokens")[self._remaining].astype(np.int64)
-        shared_tokens = self._numbers("shared_prefix_tokens")[self._remaining].astype(np.int64)
+        def numbers(column: str) -> NDArray[np.int64]:
+            return self._numbers(column)[self._remaining].astype(np.int64)
+
         return KnownLengths(
-            prompt_tokens=prompt_tokens,
-            output_tokens=np.minimum(
-                self._numbers("estimated_output_tokens")[self._remaining].astype(np.int64), self._max_tokens
-            ),
-            is_shared=is_shared(prompt_tokens, shared_tokens),
+            prompt_tokens=numbers("num_prompt_tokens"),
+            output_tokens=np.minimum(numbers("estimated_output_tokens"), self._max_tokens),
+            shared_tokens=numbers("shared_prefix_tokens"),
         )
 
     def _numbers(self, column: str) -> NDArray[np.float64]:
