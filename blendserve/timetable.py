@@ -6,9 +6,8 @@ together, fill the cache as they grow and end together, and what waited for them
 
 The longest requests begin one after the other, the fewer the earlier, since those that began first hold most; all
 others that generate much begin where the cache has room for them for as long as they run, the longer ones first.
-Requests that share prompts or generate little begin in the shard's order, as many in each step as make it compute its
-part of what is left: their prompts are most of what there is to compute, and a step of many tokens takes longer, and
-more energy, than the same tokens in steps that a GPU's products come out even for.
+Requests that share prompts or generate little begin in the shard's order, backwards, as many in each step as make it
+compute its part of what is left: their prompts are most of that, and long steps take longer for each token.
 """
 
 from __future__ import annotations
@@ -20,14 +19,11 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from blendserve.step_tokens import LEAST_STEP_TOKENS, PADDING, STEP_TOKENS
+
 _SLOTS: Final = 256  # that a timetable is divided into, about
 _MOST_PLACED: Final = 200_000  # requests in all trials together, which take about 50 us each
 _LITTLE: Final = 100  # output tokens
-# What a step should compute. On an H100 with 400 decodes of the 8B shape, a layer takes for each token 0.66 us in steps
-# of 512 tokens, 0.62 of 1,024, 0.66 of 2,048 and 0.70 of 8,192, and below 512 as long as for 512.
-_STEP_TOKENS: Final = 1024
-_LEAST_STEP_TOKENS: Final = 512
-_MULTIPLE: Final = 128  # that steps are padded to
 _ROOM: Final = 0.92  # share of the cache, and of the rows, that is planned with: requests begin a few steps late
 _FILLED: Final = 0.6  # of the cache during the longest request's life, below which there is room enough anyway
 _STRETCH: Final = 1.03  # by which a timetable becomes longer where requests don't fit
@@ -81,12 +77,14 @@ class Timetable:
 
     @property
     def order(self) -> NDArray[np.int64]:
-        """Positions: first the flexible ones as they stand in the shard, then the others, those that begin first last
-        and the longest of them at the very end.
+        """Positions: first the flexible ones, then the others from the last to the first, of one step the longest.
+
+        The flexible ones as they stand in the shard, but backwards: those that generate least are its first, and little
+        should be left to generate once the last has begun.
         """
         timed = np.flatnonzero(~self.is_flexible)
-        last = np.lexsort((self.lengths.output_tokens[timed], -self.starts[timed]))
-        return np.concatenate((np.flatnonzero(self.is_flexible), timed[last]))
+        from_last = np.lexsort((self.lengths.output_tokens[timed], -self.starts[timed]))
+        return np.concatenate((np.flatnonzero(self.is_flexible)[::-1], timed[from_last]))
 
     def is_due(self, position: int, step: int, held_tokens: int) -> bool:
         """Whether a request should begin: it is time, or the cache holds much less than was planned for now."""
@@ -96,12 +94,7 @@ class Timetable:
     def step_tokens(self, step: int, num_left: int) -> int:
         """How many tokens a step should compute for all steps to compute as many. num_left: tokens, this step's too."""
         even = num_left / max(self.num_steps - step, 1)
-        return max(round(even / _MULTIPLE) * _MULTIPLE, _LEAST_STEP_TOKENS)
-
-
-def padded_tokens(num_tokens: int) -> int:
-    """The tokens that a step of `num_tokens` computes in the end."""
-    return -(-num_tokens // _MULTIPLE) * _MULTIPLE
+        return max(round(even / PADDING) * PADDING, LEAST_STEP_TOKENS)
 
 
 def make_timetable(
@@ -126,7 +119,7 @@ def make_timetable(
         longest,
         held / room,
         lengths.output_tokens.sum() / most_running,
-        lengths.computed_tokens.sum() / min(_STEP_TOKENS, max_step_tokens),
+        lengths.computed_tokens.sum() / min(STEP_TOKENS, max_step_tokens),
     )
     num_steps, num_placed = least, 0
     while num_steps <= _MOST_STRETCH * least:
@@ -165,7 +158,7 @@ class _Packing:
         self._starts = np.zeros(len(self._is_flexible), dtype=np.int64)
         self._used = np.zeros(num_steps // self._slot + 2)
         self._running = np.zeros_like(self._used)
-        self._spread(np.flatnonzero(self._is_flexible))
+        self._spread(np.flatnonzero(self._is_flexible)[::-1])
         others = np.flatnonzero(~self._is_flexible)
         self._others = others[np.argsort(-lengths.output_tokens[others], kind="stable")]
         self.num_placed = 0  # in all trials
@@ -175,7 +168,7 @@ class _Packing:
         if len(rows) == 0:
             return
         output = self._lengths.output_tokens[rows]
-        tokens = np.cumsum(self._lengths.prompt_tokens[rows] + output)
+        tokens = np.cumsum(self._lengths.computed_tokens[rows])
         share = (tokens - tokens[0]) / max(int(tokens[-1]), 1)
         starts = np.minimum(share * self._num_steps, np.maximum(self._num_steps - output, 0)).astype(np.int64)
         self._starts[rows] = starts = np.minimum.accumulate(starts[::-1])[::-1]  # none after the next one

@@ -4,7 +4,7 @@
         [--engine blendserve vllm] [--output results.json] [--set max_num_batched_tokens=4096 …]
 
 FOLDER is one of workloads.py, or NUMBERxINPUT+OUTPUT, as 1000x32+1024, for equal requests that share nothing;
-FOLDER:ORDER[,ORDER …] has orders of its own. vLLM knows no blend: it is left out there, and the ratio is to its dfs.
+FOLDER:ORDER[,ORDER …] has orders of its own. vLLM knows no blend: beside that it runs the same requests in order dfs.
 Each engine runs in a process of its own, which loads random weights of the Llama-3.1-8B shape once and then takes the
 workloads in turn; loading and a warm-up are not counted. Prints a JSON line for each workload and order. Tokens are
 input plus output, outputs have fixed lengths, sampling is greedy; vLLM neither tokenizes nor detokenizes.
@@ -122,8 +122,20 @@ def run_engine(engine: str, jobs: list[dict], settings: dict, scratch: Path, kee
         sys.stderr.write(f"\n{engine} ended with status {process.returncode}\n")
 
 
+def vllm_jobs(jobs: list[dict]) -> dict[int, dict]:
+    """What vLLM runs, by the number of the job: depth-first instead of blended, unless that is a job already."""
+    own = {(job["folder"], job["order"]) for job in jobs}
+    return {
+        number: job | {"order": "dfs"} if job["order"] == "blend" else job
+        for number, job in enumerate(jobs)
+        if job["order"] != "blend" or (job["folder"], "dfs") not in own
+    }
+
+
 def vllm_figures(line: dict, lines: list[dict]) -> dict | None:
     """vLLM's of the same workload and order; of depth-first order where the order is blend."""
+    if "vllm" in line:
+        return line["vllm"]
     order = "dfs" if line["order"] == "blend" else line["order"]
     return next(
         (
@@ -169,11 +181,11 @@ def main() -> None:
         ]
         command = "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         for engine in arguments.engine:
-            numbers = [n for n, job in enumerate(jobs) if engine == "blendserve" or job["order"] != "blend"]
-            mine = [jobs[number] for number in numbers]
-            for number, figures in zip(numbers, run_engine(engine, mine, settings, scratch, keep), strict=False):
+            mine = vllm_jobs(jobs) if engine == "vllm" else dict(enumerate(jobs))
+            all_figures = run_engine(engine, list(mine.values()), settings, scratch, keep)
+            for (number, job), figures in zip(mine.items(), all_figures, strict=False):
                 line = lines[number]
-                line[engine] = figures
+                line[engine] = {"order": job["order"]} | figures
                 peer = vllm_figures(line, lines)
                 if "blendserve" in line and peer is not None:
                     line["ratio"] = line["blendserve"]["tokens_per_second"] / peer["tokens_per_second"]

@@ -18,7 +18,8 @@ from blendserve.engine.running import RunningRequests
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
 from blendserve.engine.upcoming import RequestSource, UpcomingRequests
 from blendserve.length_learning import LEARNT_REST_SHARE
-from blendserve.timetable import KnownLengths, Timetable, make_timetable, padded_tokens
+from blendserve.step_tokens import STEP_TOKENS, padded_tokens
+from blendserve.timetable import KnownLengths, Timetable, make_timetable
 
 # What the forecast has no room for has none in the next steps either, unless a request ends: each grows by a token and
 # has one less to go. So it is asked again after a few, for what may have changed beside that.
@@ -99,13 +100,14 @@ class Scheduler:
         if self._kv_cache.num_free_blocks <= needed_blocks and self._upcoming.has_moved(self._num_steps):
             self._kv_cache.pin(self._upcoming.ahead())
         self._schedule_decodes(batch)
-        self._prefill_budget = self._max_num_batched_tokens
         if self._pace:
             self._prefill_budget = self._pace.begin_step(self.running, len(batch.decode_rows))
         elif self._waiting.has_timetable:
             self._prefill_budget = 0
             self._admit(batch)  # those whose time has come
             self._prefill_budget = self._flexible_tokens(batch.num_tokens)
+        else:
+            self._prefill_budget = max(STEP_TOKENS, padded_tokens(batch.num_tokens + 1)) - batch.num_tokens
         for row in list(self._prefilling):
             if row in self._prefilling and not self._is_planned[row]:  # not preempted meanwhile, nor admitted
                 self._schedule_prefill(batch, row)
@@ -261,7 +263,7 @@ class Scheduler:
 
     def _admit_one(self, batch: ScheduledBatch, forecast: MemoryForecast) -> bool:
         """Admit the first candidate that fits, or fail one that never will. False when there is none to admit now."""
-        lacks_only_room = self._pace is None and not self._waiting.has_timetable
+        lacks_only_room = self._pace is None and self._prefill_budget > 0
         candidates = self._waiting.candidates(
             forecast, self._capacity_tokens, step=self._num_steps, prefill_budget=self._prefill_budget
         )
