@@ -18,7 +18,7 @@ from blendserve.engine.running import RunningRequests
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
 from blendserve.engine.upcoming import RequestSource, UpcomingRequests
 from blendserve.length_learning import LEARNT_REST_SHARE
-from blendserve.step_tokens import STEP_TOKENS, padded_tokens
+from blendserve.step_tokens import padded_tokens, prefill_tokens
 from blendserve.timetable import KnownLengths, Timetable, make_timetable
 
 # What the forecast has no room for has none in the next steps either, unless a request ends: each grows by a token and
@@ -107,7 +107,7 @@ class Scheduler:
             self._admit(batch)  # those whose time has come
             self._prefill_budget = self._flexible_tokens(batch.num_tokens)
         else:
-            self._prefill_budget = max(STEP_TOKENS, padded_tokens(batch.num_tokens + 1)) - batch.num_tokens
+            self._prefill_budget = prefill_tokens(batch.num_tokens, self._max_num_batched_tokens)
         for row in list(self._prefilling):
             if row in self._prefilling and not self._is_planned[row]:  # not preempted meanwhile, nor admitted
                 self._schedule_prefill(batch, row)

@@ -15,7 +15,6 @@ from blendserve.dual_scanner import DualScanner
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.scheduled_batch import ScheduledBatch
 from blendserve.engine.scheduler import Scheduler
-from blendserve.step_tokens import STEP_TOKENS
 from tests.engine.engine_runs import ListSource, stated_requests
 
 BLOCK_SIZE = 4
@@ -229,7 +228,7 @@ def test_the_last_request_need_not_wait_for_room_that_it_lacks_at_its_end_only(
     assert sum(batch.num_preempted for batch in batches) == num_preempted
 
 
-@pytest.mark.parametrize(("paced_tokens", "expected"), [(None, (7, STEP_TOKENS - 19)), (1, (100, 15)), (800, (100, 9))])
+@pytest.mark.parametrize(("paced_tokens", "expected"), [(None, (3, 2048 - 20)), (1, (100, 15)), (800, (100, 9))])
 def test_a_paced_left_front_lasts_as_long_as_the_right_ones_decodes(
     paced_tokens: int | None, expected: tuple[int, int]
 ) -> None:
@@ -260,8 +259,7 @@ def test_a_paced_left_front_lasts_as_long_as_the_right_ones_decodes(
     prefilled = [batch.num_prefill_tokens for batch in batches]
     assert sum(prefilled) == 200 * 40
     last_step = max(index for index, num_tokens in enumerate(prefilled) if num_tokens)
-    # Without a pace a step computes what it had best, 19 decodes among it. The weights take as long as 30 tokens, of
-    # which 20 are decodes.
+    # Without a pace the first steps take all they can. The weights take as long as 30 tokens, 20 of them decodes.
     assert (last_step, prefilled[1]) == expected
     assert all(tokens <= 10 or tokens >= (paced_tokens or 0) for tokens in prefilled[1:last_step])
 
