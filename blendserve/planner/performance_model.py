@@ -134,9 +134,9 @@ BUILT_IN_HARDWARE: Final = {
 _ASSUMED_GPU: Final = "a100-80gb"  # for the figures of a GPU that isn't known
 
 # What the engine gets out of an H100's data sheet, by the steps of real runs of an 8B model (benchmarks/throughput).
-_ACHIEVED_FLOPS: Final = 0.65
+_ACHIEVED_FLOPS: Final = 0.69
 _ACHIEVED_BANDWIDTH: Final = 0.905
-_LAYER_OVERHEAD_SECONDS: Final = 90e-6
+_LAYER_OVERHEAD_SECONDS: Final = 75e-6
 
 
 def cost_constants(model: ModelShape, hardware: Hardware) -> CostConstants:

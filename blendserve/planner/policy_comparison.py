@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from blendserve.planner.performance_model import cost_constants, load_model_shap
 from blendserve.planner.plan import estimate_lengths, plan_hardware, rows_to_run
 from blendserve.planner.requests import compute_costs, read_request_states
 from blendserve.planner.schedule import PlannedRequests, schedule_requests
-from blendserve.planner.simulate import POLICIES, bound_seconds, simulated_machine, summarize_run
+from blendserve.planner.simulate import MAX_BATCHED_TOKENS, POLICIES, bound_seconds, simulated_machine, summarize_run
 from blendserve.planner.simulated_job import SimulatedJob
 from blendserve.planner.simulated_run import run_schedule
 from blendserve.spec import JobSpec
@@ -29,6 +30,7 @@ def compare_policies(folder: JobFolder, spec: JobSpec, model_folder: Path) -> di
     hardware = plan_hardware(spec, model_folder)
     shape = load_model_shape(model_folder)
     machine = simulated_machine(shape, hardware, is_overlapped=hardware.interference < 1)
+    machine = replace(machine, max_batched_tokens=MAX_BATCHED_TOKENS, unplanned_batched_tokens=None)
     with open_database(folder.work) as database:
         states = read_request_states(database, folder)
         rows = rows_to_run(states)

@@ -32,6 +32,7 @@ from blendserve.planner.stratified_sample import (
     choose_companions,
     draw_stratified,
 )
+from blendserve.planner.timetabled_simulator import TimetabledSimulator, timetable_for
 from blendserve.planner.usage_recorder import UsageRecorder
 from blendserve.spec import Policy
 
@@ -188,6 +189,7 @@ class _LearningRun(_KnownRun):
             compute_seconds=np.zeros(len(rows)),
             memory_seconds=np.zeros(len(rows)),
             unit_density=np.zeros(len(rows)),
+            shared_tokens=self._job.requests.shared_prefix_tokens[rows].astype(np.int64),
             is_two_ended=False,
             reserves_output=True,
             pace=LEARNING_DENSITY,
@@ -236,7 +238,12 @@ class _LearningRun(_KnownRun):
 def _replay(
     requests: SimulatedRequests, machine: SimulatedMachine, shard: SimulatedShard, usage: UsageRecorder
 ) -> SimulationResult:
-    simulator = Simulator(requests, machine, shard, usage)
+    timetable = timetable_for(requests, machine, shard)
+    simulator = (
+        Simulator(requests, machine, shard, usage)
+        if timetable is None
+        else TimetabledSimulator(requests, machine, shard, timetable, usage)
+    )
     simulator.run()
     return simulator.result()
 
@@ -255,6 +262,7 @@ def shard_of(
         compute_seconds=schedule.compute_seconds[places],
         memory_seconds=schedule.memory_seconds[places],
         unit_density=schedule.unit_density[places],
+        shared_tokens=job.requests.shared_prefix_tokens[positions].astype(np.int64),
         is_two_ended=schedule.is_two_ended,
         reserves_output=schedule.is_two_ended,
     )

@@ -29,7 +29,7 @@ class SimulatedMachine:
 
     overhead_seconds: what each step takes besides, of which nothing overlaps.
     unplanned_batched_tokens: what a step may hold where nothing says how much prefill a step has room for; more of it
-    would make every long output wait.
+    would make every long output wait. None: as many as this engine takes (`step_tokens.py`).
     interference: how much of the shorter of compute and memory time a step adds to the longer one, from 0 (perfect
     overlap) to 1 (one after the other).
     """
@@ -41,7 +41,7 @@ class SimulatedMachine:
     interference: float
     overhead_seconds: float = 0.0
     max_num_seqs: int = 1024
-    unplanned_batched_tokens: int = 512
+    unplanned_batched_tokens: int | None = 512
 
     @property
     def decode_token_seconds(self) -> float:
@@ -100,6 +100,7 @@ class SimulatedShard:
     reserves_output: admit only what fits with its estimated output. Otherwise requests are admitted as long as their
     prompts fit, and the latest are preempted when the cache is full, as engines do that know no lengths.
     pace: compute over memory time that each step aims at; None: that of all that is left.
+    shared_tokens: of each prompt, in common with its neighbour before in the order of the tree.
     begun_tokens: output tokens that requests had generated when an earlier run cut them off. lengths: what the run
     learns output lengths from; None: they stay as they are estimated.
     """
@@ -110,6 +111,7 @@ class SimulatedShard:
     compute_seconds: NDArray[np.float64]
     memory_seconds: NDArray[np.float64]
     unit_density: NDArray[np.float64]
+    shared_tokens: NDArray[np.int64]
     is_two_ended: bool
     reserves_output: bool
     pace: float | None = None

@@ -15,6 +15,7 @@ from blendserve.planner.simulated_engine import SimulatedEngine
 from blendserve.planner.simulation import SimulatedMachine, SimulatedRequests, SimulatedShard
 from blendserve.planner.usage_recorder import UsageRecorder
 from blendserve.planner.work_left import WorkLeft
+from blendserve.step_tokens import prefill_tokens
 
 _WATERMARK = 0.01  # of the cache, kept free by engines that know no output lengths
 
@@ -204,8 +205,12 @@ class Simulator(SimulatedEngine):
 
     @property
     def _max_batched_tokens(self) -> int:
-        machine = self._machine
-        return machine.max_batched_tokens if self._reserves_output else machine.unplanned_batched_tokens
+        machine, num_running = self._machine, len(self._running)
+        if self._reserves_output and machine.is_overlapped:
+            return machine.max_batched_tokens
+        if not self._reserves_output and machine.unplanned_batched_tokens is not None:
+            return machine.unplanned_batched_tokens
+        return num_running + prefill_tokens(num_running, machine.max_batched_tokens)
 
     def _prefill_seconds(self) -> float:
         """Compute time of the prefill in this step."""
