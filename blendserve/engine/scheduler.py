@@ -18,7 +18,7 @@ from blendserve.engine.running import RunningRequests
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
 from blendserve.engine.upcoming import RequestSource, UpcomingRequests
 from blendserve.length_learning import LEARNT_REST_SHARE
-from blendserve.step_tokens import padded_tokens, prefill_tokens
+from blendserve.step_tokens import LEAST_STEP_TOKENS, padded_tokens, prefill_tokens
 from blendserve.timetable import KnownLengths, Timetable, make_timetable
 
 # What the forecast has no room for has none in the next steps either, unless a request ends: each grows by a token and
@@ -49,7 +49,7 @@ class Scheduler:
         meanwhile.
 
         running: what goes on from another source, all of it decoding and no step of it in flight. is_last: whether
-        nothing will come after this source, which then gets a timetable where lengths are known and nothing is paced.
+        nothing will come after this source.
         """
         self._upcoming = UpcomingRequests(source)
         self._kv_cache = kv_cache
@@ -62,22 +62,25 @@ class Scheduler:
         if paced_tokens is not None and source.scanner.is_two_ended:
             self._pace = Pace(source.scanner, source.learner, least_tokens=paced_tokens, weights_tokens=weights_tokens)
         timetable = None
-        if is_last and self._pace is None and source.scanner.is_two_ended and source.lengths is not None:
-            timetable = self._make_timetable(source.lengths)
+        if self._pace is None and source.scanner.is_two_ended and source.lengths is not None:
+            timetable = self._make_timetable(source.lengths, is_last)
         self._waiting = AdmissionOrder(self._upcoming, self._pace, max_num_batched_tokens, timetable)
         self._prefill_budget = 0  # tokens of prompts that this step may still have
         self._num_steps = 0
         self._next_admission = 0  # the step before which none is worth a try
         self._is_planned = np.zeros(max_num_seqs, dtype=np.bool_)  # into this step: these can't be preempted
 
-    def _make_timetable(self, lengths: KnownLengths) -> Timetable | None:
-        return make_timetable(
+    def _make_timetable(self, lengths: KnownLengths, is_last: bool) -> Timetable | None:
+        """None where it would be of no use, or where its steps would have room for what comes after this source."""
+        table = make_timetable(
             lengths,
             capacity_tokens=self._capacity_tokens,
             block_size=self._kv_cache.block_size,
             max_num_seqs=len(self.running.requests),
             max_step_tokens=self._max_num_batched_tokens,
         )
+        fills_steps = table is not None and lengths.computed_tokens.sum() >= LEAST_STEP_TOKENS * table.num_steps
+        return table if is_last or fills_steps else None
 
     @property
     def num_waiting(self) -> int:

@@ -29,6 +29,14 @@ def make_lengths(seed: int, num_requests: int = 150) -> KnownLengths:
     return KnownLengths(prompt, output, np.zeros_like(prompt))
 
 
+def many_prompts() -> KnownLengths:
+    """Prompts of hundreds of tokens that generate little, and a few requests that decode for long."""
+    random = np.random.default_rng(5)
+    prompt = np.concatenate((random.integers(200, 1500, 250), random.integers(10, 40, 60)))
+    output = np.concatenate((np.full(250, 4), random.integers(150, 400, 60)))
+    return KnownLengths(prompt, output, np.zeros_like(prompt))
+
+
 def timetable_of(lengths: KnownLengths) -> Timetable | None:
     return make_timetable(
         lengths,
@@ -84,14 +92,16 @@ def run(
     has_timetable: bool = True,
     num_blocks: int = NUM_BLOCKS,
     step_tokens: int = STEP_TOKENS,
+    is_last: bool = True,
 ) -> Steps:
-    """The steps of all requests, from both fronts or by a timetable."""
+    """The steps of all requests, from both fronts or by a timetable; `is_last`: of no other source after them."""
     scheduler = Scheduler(
         Source(lengths, output_tokens, has_timetable=has_timetable),
         KVCache(num_blocks, BLOCK_SIZE, True),
         max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=step_tokens,
         max_model_len=2000,
+        is_last=is_last,
     )
     steps, ended = [], []
     for step in DryRun(scheduler, lambda request: int(output_tokens[request.position])).steps():
@@ -128,10 +138,8 @@ def test_the_cache_is_fuller_and_nothing_is_preempted() -> None:
 
 def test_steps_compute_evenly_whatever_decodes() -> None:
     """Few requests decode long, while many prompts that generate little are computed, 700 tokens a step in all."""
-    random = np.random.default_rng(5)
-    prompt = np.concatenate((random.integers(200, 1500, 250), random.integers(10, 40, 60)))
-    output = np.concatenate((np.full(250, 4), random.integers(150, 400, 60)))
-    steps = run(KnownLengths(prompt, output, np.zeros_like(prompt)), output, num_blocks=900, step_tokens=4096)
+    lengths = many_prompts()
+    steps = run(lengths, lengths.output_tokens, num_blocks=900, step_tokens=4096)
     tokens = (steps.num_decodes + steps.num_prefill_tokens)[5 : int(0.9 * steps.number)]
     decodes = steps.num_decodes[: len(tokens)]
     assert decodes.max() > 2 * decodes.min()
@@ -139,14 +147,24 @@ def test_steps_compute_evenly_whatever_decodes() -> None:
     assert (tokens % 128 == 0).mean() > 0.9, "steps are padded to so many anyway"
 
 
+def test_another_source_may_follow_where_steps_are_full_without_it() -> None:
+    """Where they aren't, both fronts leave room for the next source's requests beside the last ones of this."""
+    light = make_lengths(1, 80)
+    by_fronts = run(light, light.output_tokens, has_timetable=False)
+    assert run(light, light.output_tokens, is_last=False).number == by_fronts.number
+    assert run(light, light.output_tokens).number < by_fronts.number
+    heavy = many_prompts()
+    alone, followed = (
+        run(heavy, heavy.output_tokens, num_blocks=900, step_tokens=4096, is_last=is_last) for is_last in (True, False)
+    )
+    assert alone.num_prefill_tokens.tolist() == followed.num_prefill_tokens.tolist()
+
+
 def test_where_lengths_are_wrong_prompts_do_not_starve() -> None:
-    random = np.random.default_rng(5)
-    prompt = np.concatenate((random.integers(200, 1500, 250), random.integers(10, 40, 60)))
-    stated = np.concatenate((np.full(250, 4), random.integers(150, 400, 60)))
-    lengths = KnownLengths(prompt, stated, np.zeros_like(prompt))
-    right = run(lengths, stated, num_blocks=900, step_tokens=4096)
+    lengths = many_prompts()
+    right = run(lengths, lengths.output_tokens, num_blocks=900, step_tokens=4096)
     for factor in (0.7, 1.3):
-        actual = np.maximum((stated * factor).astype(np.int64), 1)
+        actual = np.maximum((lengths.output_tokens * factor).astype(np.int64), 1)
         wrong = run(lengths, actual, num_blocks=900, step_tokens=4096)
         assert wrong.number <= 1.35 * right.number
 
