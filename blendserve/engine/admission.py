@@ -111,7 +111,8 @@ class AdmissionOrder:
         self._tokens_left = 0  # that steps have to compute of what waits, by the timetable
         if timetable is not None:
             self._scanner.follow(timetable.order)
-            self._tokens_left = int(timetable.lengths.computed_tokens.sum())
+            self._computed_tokens = timetable.lengths.computed_tokens
+            self._tokens_left = int(self._computed_tokens.sum())
 
     @property
     def num_waiting(self) -> int:
@@ -135,7 +136,7 @@ class AdmissionOrder:
             self._right_share.take(candidate.request)
         candidate.request.front = candidate.front
         if self._timetable is not None:
-            self._tokens_left -= int(self._timetable.lengths.computed_tokens[candidate.request.position])
+            self._tokens_left -= int(self._computed_tokens[candidate.request.position])
         self._upcoming.take(candidate.front)
 
     def note_end(self, request: Request, num_generated: int) -> None:
