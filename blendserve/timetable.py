@@ -12,6 +12,7 @@ compute its part of what is left: their prompts are most of that, and long steps
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -115,26 +116,33 @@ def make_timetable(
     held = float((lengths.prompt_tokens * lengths.output_tokens + lengths.output_tokens**2 / 2).sum())
     if largest > room or held <= _FILLED * longest * room:
         return None
-    least: float = max(
-        longest,
-        held / room,
-        lengths.output_tokens.sum() / most_running,
-        lengths.computed_tokens.sum() / min(STEP_TOKENS, max_step_tokens),
-    )
-    num_steps, num_placed = least, 0
-    while num_steps <= _MOST_STRETCH * least:
-        packing = _Packing(lengths, int(num_steps), room, most_running, unfilled_tokens=block_size // 2)
-        for share, power in _LONGEST:
-            found = packing.place(share, power)
-            if packing.num_placed == 0:
-                return None
-            if found is not None:
-                return found
-        num_placed += packing.num_placed
-        if num_placed > _MOST_PLACED:
-            return None
-        num_steps *= _STRETCH
-    return None
+    step_tokens = min(STEP_TOKENS, max_step_tokens)
+    by_memory = max(float(longest), held / room, float(lengths.output_tokens.sum()) / most_running)
+
+    def shortest(num_tokens: int, most_steps: float = math.inf) -> Timetable | None:
+        """In which steps compute `num_tokens` evenly, and which has less than `most_steps`."""
+        least = max(by_memory, num_tokens / step_tokens)
+        num_steps, num_placed = least, 0
+        while num_steps <= _MOST_STRETCH * least and num_steps < most_steps and num_placed <= _MOST_PLACED:
+            packing = _Packing(lengths, int(num_steps), room, most_running, unfilled_tokens=block_size // 2)
+            for share, power in _LONGEST:
+                found = packing.place(share, power)
+                if packing.num_placed == 0:
+                    return None
+                if found is not None:
+                    return found
+            num_placed += packing.num_placed
+            num_steps *= _STRETCH
+        return None
+
+    num_tokens = int(lengths.computed_tokens.sum())
+    table = shortest(num_tokens)
+    if table is None or num_tokens <= by_memory * step_tokens:
+        return table
+    # The prompts of what begins at once make the first steps longer: there is less for all others.
+    begins_at_once = ~table.is_flexible & (table.starts == 0)
+    at_once = int((lengths.prompt_tokens - lengths.shared_tokens)[begins_at_once].sum())
+    return shortest(num_tokens - at_once, table.num_steps) or table
 
 
 class _Packing:
