@@ -22,7 +22,11 @@ from numpy.typing import NDArray
 
 from blendserve.step_tokens import LEAST_STEP_TOKENS, PADDING, STEP_TOKENS
 
-_SLOTS: Final = 256  # that a timetable is divided into, about
+# A timetable is divided into about 256 slots, or into as many as let the longest request run through 96 of them, but
+# into no more than 2,048.
+_SLOTS: Final = 256
+_SLOTS_OF_LONGEST: Final = 96
+_MOST_SLOTS: Final = 2048
 _MOST_PLACED: Final = 200_000  # requests in all trials together, which take about 50 us each
 _LITTLE: Final = 100  # output tokens
 _ROOM: Final = 0.92  # share of the cache, and of the rows, that is planned with: requests begin a few steps late
@@ -160,7 +164,8 @@ class _Packing:
         self._lengths = lengths
         self._room, self._most_running = room_tokens, most_running
         self._unfilled = unfilled_tokens  # of each request's last block
-        self._slot = max(num_steps // _SLOTS, 1)
+        longest = int(lengths.output_tokens.max(initial=0))
+        self._slot = max(min(num_steps // _SLOTS, longest // _SLOTS_OF_LONGEST), num_steps // _MOST_SLOTS, 1)
         self._num_steps = num_steps
         self._is_flexible = lengths.is_shared | (lengths.output_tokens <= max(_LITTLE, 4 * self._slot))
         self._starts = np.zeros(len(self._is_flexible), dtype=np.int64)
