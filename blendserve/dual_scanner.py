@@ -172,10 +172,6 @@ class DualScanner:
             return capacity_tokens
         return (1.0 - max(self.left_share, _MIN_LEFT_SHARE)) * capacity_tokens
 
-    def front_of(self, position: int) -> Front:
-        """The front that a request would be admitted from, by its density and that of all that remains."""
-        return Front.LEFT if self._unit_density[position] >= self.density_remaining else Front.RIGHT
-
     def seconds_at(self, position: int) -> tuple[float, float]:
         """Compute and memory seconds of the request at a shard position."""
         return float(self._compute_seconds[position]), float(self._memory_seconds[position])
