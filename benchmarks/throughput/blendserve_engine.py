@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+import triton
 from ordered_requests import OrderedRequests, read_ordered_requests
 
 from blendserve.dual_scanner import DualScanner
@@ -83,6 +84,10 @@ def run(engine: LLMEngine, requests: OrderedRequests, steps_path: Path | None) -
     }
 
 
+def note_compiled(*, repr: str, **_: object) -> None:
+    print("compiled after the warm-up:", repr, flush=True)
+
+
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
     stated = {**request["settings"]["limits"], "block_size": 128, **request["settings"]["options"]}
@@ -92,6 +97,7 @@ def main() -> None:
     print("loaded in", time.perf_counter() - loaded, flush=True)
     warmed = time.perf_counter()
     print(engine.warm_up(), "shapes in", time.perf_counter() - warmed, flush=True)
+    triton.knobs.runtime.jit_post_compile_hook = note_compiled
     with Path(sys.argv[2]).open("w") as results:
         for number, job in enumerate(request["jobs"]):
             requests = read_ordered_requests(Path(job["folder"]), job["order"])

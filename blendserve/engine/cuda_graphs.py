@@ -62,6 +62,13 @@ def shapes_to_prepare(max_num_seqs: int, max_num_batched_tokens: int, has_chunks
         shapes |= {
             padded_shape(number, tokens - number, 1) for tokens in all_tokens for number in counts if number < tokens
         }
+        most = max_num_batched_tokens
+        shapes |= {
+            padded_shape(number, most - number, chunks)
+            for chunks in (2 * _MAX_CHUNKS, 4 * _MAX_CHUNKS, 8 * _MAX_CHUNKS)
+            for number in counts
+            if chunks <= min(most - number, max_num_seqs - number)
+        }
     return sorted(shapes, key=lambda shape: (shape.num_tokens, shape.num_decodes, shape.num_chunks), reverse=True)
 
 

@@ -157,11 +157,14 @@ class ModelRunner:
                 for _ in range(2):
                     self._captured.run(shape, partial(self._forward, words, shape, tables, shape.num_tokens))
                 continue
-            for num_sampled in (16, 64, 128):
-                sampled = torch.zeros(num_sampled, dtype=torch.int64, device=self._device)
-                for longest_chunk in (1, shape.num_tokens):
-                    hidden = self._forward(words, shape, tables, longest_chunk)[sampled]
-                self._sampler(self.model.logits(hidden), sampled, sampled)
+            for longest_chunk in (1, shape.num_tokens):
+                self._forward(words, shape, tables, longest_chunk)
+        for num_sampled in sorted({padded_samples(number) for number in range(1, self._max_num_seqs + 1)}):
+            sampled = torch.zeros(num_sampled, dtype=torch.int64, device=self._device)
+            hidden = self._kv_cache[0][0].new_zeros(num_sampled, self.model.config.hidden_size)
+            self._sampler(self.model.logits(hidden), sampled, sampled)
+        block = torch.zeros(1, dtype=torch.int64, device=self._device)
+        copy_blocks(self._blocks.flatten(0, 1), block, block, block)
         torch.cuda.synchronize(self._device)
         return len(shapes)
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# The copies are parts of a longer array, which begin anywhere: one kernel for all of them.
+@triton.jit(do_not_specialize_on_alignment=["sources_ptr", "targets_ptr", "num_tokens_ptr"])
 def _copy_blocks_kernel(
     blocks_ptr,
     sources_ptr,
