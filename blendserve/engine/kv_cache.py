@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 from blendserve.engine.block_allocator import BlockAllocator
 from blendserve.engine.radix_tree import PrefixNode, RadixTree
@@ -47,6 +48,7 @@ class KVCache:
         self._tree = RadixTree()
         self._step = 0
         self._copies: list[BlockCopy] = []
+        self._copied_blocks: set[int] = set()  # sources and targets of this step's copies, which run all at one time
 
     @property
     def num_blocks(self) -> int:
@@ -68,9 +70,10 @@ class KVCache:
     def begin_step(self) -> None:
         """From now on, what was planned so far may be copied: it will have been stored by then."""
         self._step += 1
+        self._copied_blocks.clear()
 
     def take_copies(self) -> list[BlockCopy]:
-        """The copies that this step needs, to be made before it runs."""
+        """The copies that this step needs, to be made before it runs, in any order: none writes what another reads."""
         copies, self._copies = self._copies, []
         return copies
 
@@ -127,15 +130,21 @@ class KVCache:
     def _copy_beginning(self, request: Request, parent: PrefixNode) -> None:
         """Begin the request's next block with what a block below `parent` has in common with its prompt."""
         nearest = self._nearest(request, parent, request.num_tree_blocks)
-        found = [(num_tokens, node.block) for node, num_tokens in nearest if node.planned_in < self._step]
-        num_tokens, source = max(found, default=(0, 0))  # at most one from either side
-        if num_tokens == 0 or not (self._allocator.num_free or self._evict()):
+        found = [(node, num_tokens) for node, num_tokens in nearest if node.planned_in < self._step]
+        if not found:
+            return
+        source, num_tokens = max(found, key=itemgetter(1))  # at most one from either side
+        self._tree.touch(source)
+        if not (self._allocator.num_free or self._evict()):
             return
         target = self._allocator.allocate()
         request.block_table.append(target)
-        request.num_computed_tokens += num_tokens
-        if target != source:  # which may just have been given up
-            self._copies.append(BlockCopy(source, target, num_tokens))
+        if target == source.block:  # it has just been given up
+            request.num_computed_tokens += num_tokens
+        elif target not in self._copied_blocks:
+            request.num_computed_tokens += num_tokens
+            self._copied_blocks |= {source.block, target}
+            self._copies.append(BlockCopy(source.block, target, num_tokens))
 
     def _nearest(self, request: Request, parent: PrefixNode, num_blocks: int) -> Iterator[tuple[PrefixNode, int]]:
         """Blocks below `parent` that begin like the request's block number `num_blocks`, and for how many tokens.

@@ -118,6 +118,11 @@ class RadixTree:
         if not node.children:
             self._evictable[node] = None
 
+    def touch(self, node: PrefixNode) -> None:
+        """An unreferenced leaf has been of use once more."""
+        if node in self._evictable:
+            self._evictable.move_to_end(node)
+
     def pin(self, nodes: Iterable[PrefixNode]) -> None:
         """Spare these nodes while there is anything else to evict. Replaces what was pinned before."""
         self._pin_epoch += 1

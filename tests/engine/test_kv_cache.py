@@ -133,6 +133,46 @@ def test_what_is_not_fit_to_be_shared_is_forgotten_unless_someone_uses_it() -> N
     assert cache.num_free_blocks == NUM_BLOCKS
 
 
+def cache_of(*prompts: list[int], num_blocks: int) -> KVCache:
+    """Blocks of four tokens; the prompts have been computed one after the other and are not in use any more."""
+    cache = KVCache(num_blocks, 4, has_prefix_cache=True, min_copied_tokens=1)
+    for prompt in prompts:
+        cache.begin_step()
+        begin(cache, prompt)
+        cache.take_copies()
+    return cache
+
+
+def begin(cache: KVCache, prompt: list[int], *, is_kept: bool = False) -> Request:
+    request = make_request(prompt)
+    cache.take_cached_blocks(request)
+    cache.extend(request, len(prompt))
+    cache.share_prompt_blocks(request, len(prompt))
+    if not is_kept:
+        cache.release(request)
+    return request
+
+
+def test_no_copy_writes_what_another_of_its_step_reads() -> None:
+    cache = cache_of([1, 1, 2, 2], [3, 3, 4, 4], num_blocks=3)
+    cache.begin_step()
+    first = make_request([1, 1, 9])
+    assert cache.take_cached_blocks(first) == 2
+    second = make_request([3, 3, 9])  # for which the block that the first one copies has to go
+    assert cache.take_cached_blocks(second) == 0
+    copy = cache.take_copies()[0]
+    assert (copy.target, copy.num_tokens) == (first.block_table[0], 2)
+    assert second.block_table == [copy.source]
+
+
+def test_a_block_is_in_use_when_it_is_copied() -> None:
+    cache = cache_of([1, 1, 2, 2], [3, 3, 4, 4], [1, 1, 9], num_blocks=3)
+    cache.begin_step()
+    begin(cache, [5, 5, 5, 5], is_kept=True)  # room for one of the first two
+    assert cache.count_cached_tokens(make_request([1, 1, 2, 2, 0])) == (4, 4)
+    assert cache.count_cached_tokens(make_request([3, 3, 4, 4, 0])) == (0, 0)
+
+
 class KVCacheMachine(RuleBasedStateMachine):
     """Requests come, compute some of their prompt, and leave in any order, on a cache too small for all of them."""
 

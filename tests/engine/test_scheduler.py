@@ -34,6 +34,8 @@ class RememberedSlots:
     def run(self, batch: ScheduledBatch) -> None:
         for change in batch.table_changes:
             self._tables[change.row].update(enumerate(change.blocks, start=change.first))
+        targets = [copy.target for copy in batch.block_copies]  # a GPU makes all copies at one time
+        assert len(set(targets)) == len(targets) and not set(targets) & {copy.source for copy in batch.block_copies}
         for copy in batch.block_copies:
             for offset in range(copy.num_tokens):
                 self._slots[copy.target * BLOCK_SIZE + offset] = self._slots[copy.source * BLOCK_SIZE + offset]
