@@ -162,12 +162,15 @@ class Scheduler:
         if len(rows) > self._max_num_batched_tokens:
             rows = rows[np.argsort(serials[rows])[: self._max_num_batched_tokens]]
         short = rows[running.context_tokens[rows] >= running.room_tokens[rows]]
+        is_left_out = np.zeros_like(running.is_decoding)
         for row in short[np.argsort(serials[short])].tolist():
             if running.is_decoding[row]:  # not preempted meanwhile
                 context = int(running.context_tokens[row])
-                if self._make_room(batch, row, context, context + 1) > context:
+                if self._outgrows_cache(context + 1) and running.known_tokens[row] < running.generated_tokens[row]:
+                    is_left_out[row] = True  # the token that is on its way may be its last
+                elif self._make_room(batch, row, context, context + 1) > context:
                     self._is_planned[row] = True
-        rows = rows[running.is_decoding[rows]]
+        rows = rows[running.is_decoding[rows] & ~is_left_out[rows]]
         self._is_planned[rows] = True
         batch.decode_rows = rows
         batch.decode_positions = running.context_tokens[rows]
@@ -219,7 +222,7 @@ class Scheduler:
         the whole cache. Returns the tokens that it has room for. num_computed: tokens that are stored already.
         """
         request = self.running.request(row)
-        if self._kv_cache.blocks_for(num_computed + 1) > self._kv_cache.num_blocks:
+        if self._outgrows_cache(num_computed + 1):
             reason = (
                 f"prompt and completion have reached {num_computed + 1} tokens; the KV cache holds "
                 f"{self._capacity_tokens}. Raise num_blocks or lower max_tokens"
@@ -236,6 +239,10 @@ class Scheduler:
             self._preempt(batch, victim)
             if victim == row:
                 return 0
+
+    def _outgrows_cache(self, num_tokens: int) -> bool:
+        """Whether a request of so many tokens finds no room even alone."""
+        return self._kv_cache.blocks_for(num_tokens) > self._kv_cache.num_blocks
 
     def _note_blocks(self, batch: ScheduledBatch, row: int, request: Request) -> None:
         first = request.num_synced_blocks
@@ -266,7 +273,7 @@ class Scheduler:
 
     def _admit_one(self, batch: ScheduledBatch, forecast: MemoryForecast) -> bool:
         """Admit the first candidate that fits, or fail one that never will. False when there is none to admit now."""
-        lacks_only_room = self._pace is None and self._prefill_budget > 0
+        was_refused, may_wait = False, self._pace is None and self._prefill_budget > 0
         candidates = self._waiting.candidates(
             forecast, self._capacity_tokens, step=self._num_steps, prefill_budget=self._prefill_budget
         )
@@ -278,11 +285,12 @@ class Scheduler:
                 batch.failed.append((request, reason))
                 return True
             if self._kv_cache.should_wait(request):
-                lacks_only_room = False
+                may_wait = False
                 continue
             num_cached, num_revived = self._kv_cache.count_cached_tokens(request)
             # With nothing running the whole cache is free, so the request fits whatever the forecast says.
             if not forecast.is_empty and not forecast.fits(request, num_cached, num_revived, candidate.room_tokens):
+                was_refused = True
                 continue
             self._waiting.take(candidate)
             row = self._start(request)
@@ -293,7 +301,7 @@ class Scheduler:
                 self._pace.admit(request, int(self.running.shared_tokens[row]))
             forecast.add(request, num_cached, num_revived)
             return True
-        if lacks_only_room:
+        if was_refused and may_wait:
             self._next_admission = self._num_steps + _REFUSED_STEPS
         return False
 

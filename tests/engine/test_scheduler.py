@@ -60,8 +60,10 @@ class RememberedSlots:
         return self._tables[row][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
 
 
+# Prompts, limits, estimates, and after how many tokens each ends, if its limit allows.
 REQUESTS = st.lists(
-    st.tuples(st.lists(st.integers(0, 1), max_size=30), st.integers(1, 20), st.integers(1, 20)), max_size=14
+    st.tuples(st.lists(st.integers(0, 1), max_size=30), st.integers(1, 20), st.integers(1, 20), st.integers(1, 20)),
+    max_size=14,
 )
 
 
@@ -77,7 +79,7 @@ REQUESTS = st.lists(
     lag=st.integers(0, 1),
 )
 def test_every_request_runs_once_and_sees_its_own_past(
-    requests: list[tuple[list[int], int, int]],
+    requests: list[tuple[list[int], int, int, int]],
     num_blocks: int,
     max_num_seqs: int,
     budget: int,
@@ -89,7 +91,7 @@ def test_every_request_runs_once_and_sees_its_own_past(
     """pace: paced_tokens and weights_tokens. lag: steps that are planned before a step's tokens are known."""
     stated: list[dict[str, Any]] = [
         {"row_index": row, "prompt_token_ids": prompt, "max_tokens": tokens, "estimated_output_tokens": estimate}
-        for row, (prompt, tokens, estimate) in enumerate(requests)
+        for row, (prompt, tokens, estimate, _) in enumerate(requests)
     ]
     cache = KVCache(num_blocks, BLOCK_SIZE, has_prefix_cache, min_copied_tokens=1)
     scheduler = Scheduler(
@@ -101,7 +103,8 @@ def test_every_request_runs_once_and_sees_its_own_past(
         paced_tokens=pace[0],
         weights_tokens=pace[1],
     )
-    slots, run, num_steps = RememberedSlots(max_num_seqs), DryRun(scheduler), 0
+    run = DryRun(scheduler, lambda request: requests[request.row_index][3])
+    slots, num_steps = RememberedSlots(max_num_seqs), 0
     ended: list[tuple[int, str]] = []
     in_flight: list[ScheduledBatch] = []
     while scheduler.has_unfinished:
@@ -116,16 +119,32 @@ def test_every_request_runs_once_and_sees_its_own_past(
         while len(in_flight) > lag or (in_flight and batch.num_tokens == 0):
             ended += [(request.row_index, "done") for request in run.take_tokens(in_flight.pop(0))]
         assert num_steps < 5000
-    fits = {row for row, (prompt, tokens, _) in enumerate(requests) if _fits(prompt, tokens, num_blocks)}
+    fits = {
+        row
+        for row, (prompt, limit, _, length) in enumerate(requests)
+        if _fits(prompt, min(limit, length), num_blocks)
+    }
     assert sorted(row for row, _ in ended) == list(range(len(requests)))
     assert {row for row, outcome in ended if outcome == "done"} == fits
     cache.check_integrity(())
     assert cache.num_used_blocks == 0
 
 
-def _fits(prompt: list[int], max_tokens: int, num_blocks: int) -> bool:
+def test_a_request_whose_last_token_is_on_its_way_does_not_outgrow_the_cache() -> None:
+    scheduler = make_scheduler([[1] * 8], max_tokens=20, num_blocks=3)  # room for all tokens but the fifth, its last
+    run, in_flight = DryRun(scheduler, lambda _: 5), [scheduler.schedule()]
+    ended: list[int] = []
+    while scheduler.has_unfinished:
+        batch = scheduler.schedule()
+        assert not batch.failed
+        in_flight.append(batch)
+        ended += [len(request.output_token_ids) for request in run.take_tokens(in_flight.pop(0))]
+    assert ended == [5]
+
+
+def _fits(prompt: list[int], num_output_tokens: int, num_blocks: int) -> bool:
     """Whether a request alone fits the cache up to its last token, which is sampled but never stored."""
-    return 0 < len(prompt) < 48 and len(prompt) + min(max_tokens, 48 - len(prompt)) - 1 <= num_blocks * BLOCK_SIZE
+    return 0 < len(prompt) < 48 and len(prompt) + min(num_output_tokens, 48 - len(prompt)) - 1 <= num_blocks * BLOCK_SIZE
 
 
 def run_to_end(scheduler: Scheduler) -> list[ScheduledBatch]:
