@@ -18,8 +18,8 @@ from blendserve.dual_scanner import DualScanner
 from blendserve.engine.engine import LLMEngine
 from blendserve.engine.request import Completion, Request
 from blendserve.engine.step_metrics import StepMetrics, metrics_table
+from blendserve.known_lengths import KnownLengths
 from blendserve.spec import EngineSpec, SamplingSpec
-from blendserve.timetable import KnownLengths
 
 
 class Source:

@@ -17,9 +17,10 @@ from blendserve.engine.request import Request
 from blendserve.engine.running import RunningRequests
 from blendserve.engine.scheduled_batch import PrefillChunk, ScheduledBatch, TableChange
 from blendserve.engine.upcoming import RequestSource, UpcomingRequests
+from blendserve.known_lengths import KnownLengths
 from blendserve.length_learning import LEARNT_REST_SHARE
 from blendserve.step_tokens import LEAST_STEP_TOKENS, padded_tokens, prefill_tokens
-from blendserve.timetable import KnownLengths, Timetable, make_timetable
+from blendserve.timetable import Timetable, make_timetable
 
 # What the forecast has no room for has none in the next steps either, unless a request ends: each grows by a token and
 # has one less to go. So it is asked again after a few, for what may have changed beside that.
@@ -72,15 +73,14 @@ class Scheduler:
 
     def _make_timetable(self, lengths: KnownLengths, is_last: bool) -> Timetable | None:
         """None where it would be of no use, or where its steps would have room for what comes after this source."""
-        table = make_timetable(
+        return make_timetable(
             lengths,
             capacity_tokens=self._capacity_tokens,
             block_size=self._kv_cache.block_size,
             max_num_seqs=len(self.running.requests),
             max_step_tokens=self._max_num_batched_tokens,
+            least_step_tokens=0 if is_last else LEAST_STEP_TOKENS,
         )
-        fills_steps = table is not None and lengths.computed_tokens.sum() >= LEAST_STEP_TOKENS * table.num_steps
-        return table if is_last or fills_steps else None
 
     @property
     def num_waiting(self) -> int:
@@ -275,7 +275,7 @@ class Scheduler:
         """Admit the first candidate that fits, or fail one that never will. False when there is none to admit now."""
         was_refused, may_wait = False, self._pace is None and self._prefill_budget > 0
         candidates = self._waiting.candidates(
-            forecast, self._capacity_tokens, step=self._num_steps, prefill_budget=self._prefill_budget
+            forecast, self._capacity_tokens, step=self._num_steps - 1, prefill_budget=self._prefill_budget
         )
         for candidate in candidates:
             request = candidate.request
@@ -310,7 +310,7 @@ class Scheduler:
         rows = self.running.active_rows()
         unprefilled = np.maximum(self.running.prefill_tokens[rows] - self.running.context_tokens[rows], 0)
         unfinished = int(unprefilled.sum() + self.running.remaining_output_tokens(rows).sum()) + num_tokens
-        step_tokens = self._waiting.step_tokens(self._num_steps, unfinished)
+        step_tokens = self._waiting.step_tokens(self._num_steps - 1, unfinished)
         return max(step_tokens, padded_tokens(num_tokens)) - num_tokens
 
     def _start(self, request: Request) -> int:

@@ -19,9 +19,9 @@ from blendserve.dual_scanner import DualScanner
 from blendserve.engine.request import Completion, FinishReason, Request
 from blendserve.engine.sampler import request_seed
 from blendserve.errors import PlanError
+from blendserve.known_lengths import KnownLengths
 from blendserve.length_learning import KNOWN, LEARNING_KEY, LengthLearner, ObservedLengths, ShardLengths
 from blendserve.schemas import SCHEDULED_REQUESTS
-from blendserve.timetable import KnownLengths
 
 # Prompts that are kept in memory: what lies around two fronts, and units from elsewhere in the file where what has been
 # learnt of lengths has put them in another order.

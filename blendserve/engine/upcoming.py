@@ -11,8 +11,8 @@ import numpy as np
 from blendserve.dual_scanner import DualScanner, Front
 from blendserve.engine.request import Request
 from blendserve.engine.running import RunningRequests
+from blendserve.known_lengths import KnownLengths
 from blendserve.length_learning import LEARNT_REST_SHARE, LengthLearner, surplus
-from blendserve.timetable import KnownLengths
 
 _AHEAD = 16  # at each front
 # How many steps a view of what lies ahead may age: where the fronts have moved since, and where they haven't.

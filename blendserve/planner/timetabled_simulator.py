@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from blendserve.dual_scanner import Front
+from blendserve.known_lengths import KnownLengths
 from blendserve.planner.simulation import SimulatedMachine, SimulatedRequests, SimulatedShard, StepWork
 from blendserve.planner.simulator import Simulator
 from blendserve.planner.usage_recorder import UsageRecorder
 from blendserve.step_tokens import padded_tokens
-from blendserve.timetable import KnownLengths, Timetable, make_timetable
+from blendserve.timetable import Timetable, make_timetable
 
 _BLOCK_SIZE = 128  # of the KV cache on a GPU
 _IS_START = -2  # what an event says instead of the step that its request joined: stop here, there is more to begin

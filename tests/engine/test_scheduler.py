@@ -120,9 +120,7 @@ def test_every_request_runs_once_and_sees_its_own_past(
             ended += [(request.row_index, "done") for request in run.take_tokens(in_flight.pop(0))]
         assert num_steps < 5000
     fits = {
-        row
-        for row, (prompt, limit, _, length) in enumerate(requests)
-        if _fits(prompt, min(limit, length), num_blocks)
+        row for row, (prompt, limit, _, length) in enumerate(requests) if _fits(prompt, min(limit, length), num_blocks)
     }
     assert sorted(row for row, _ in ended) == list(range(len(requests)))
     assert {row for row, outcome in ended if outcome == "done"} == fits
@@ -144,7 +142,9 @@ def test_a_request_whose_last_token_is_on_its_way_does_not_outgrow_the_cache() -
 
 def _fits(prompt: list[int], num_output_tokens: int, num_blocks: int) -> bool:
     """Whether a request alone fits the cache up to its last token, which is sampled but never stored."""
-    return 0 < len(prompt) < 48 and len(prompt) + min(num_output_tokens, 48 - len(prompt)) - 1 <= num_blocks * BLOCK_SIZE
+    return (
+        0 < len(prompt) < 48 and len(prompt) + min(num_output_tokens, 48 - len(prompt)) - 1 <= num_blocks * BLOCK_SIZE
+    )
 
 
 def run_to_end(scheduler: Scheduler) -> list[ScheduledBatch]:

@@ -14,7 +14,8 @@ from blendserve.dual_scanner import DualScanner
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.request import Request
 from blendserve.engine.scheduler import Scheduler
-from blendserve.timetable import KnownLengths, Timetable, make_timetable
+from blendserve.known_lengths import KnownLengths
+from blendserve.timetable import Timetable, make_timetable
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_NUM_SEQS, STEP_TOKENS = 16, 250, 64, 256
 CAPACITY = NUM_BLOCKS * BLOCK_SIZE
@@ -127,6 +128,24 @@ def test_what_a_timetable_holds_fits(seed: int, num_requests: int) -> None:
         held = np.where(runs, lengths.prompt_tokens + step - table.starts, 0)
         assert held.sum() <= CAPACITY and runs.sum() <= MAX_NUM_SEQS
         assert held[~table.is_flexible].sum() <= table.used_tokens[step // table.slot_steps]
+
+
+@pytest.mark.parametrize("shortest", [100, 140])
+def test_large_shards_have_timetables_that_fit(shortest: int) -> None:
+    """Beyond 4,096 requests some begin together; where all generate much the same, evenly."""
+    random = np.random.default_rng(0)
+    prompt, output = random.integers(1, 30, 4500), random.integers(shortest, 150, 4500)
+    lengths = KnownLengths(prompt, output, np.zeros(4500, np.int64))
+    capacity, most = 10 * CAPACITY, 10 * MAX_NUM_SEQS
+    table = make_timetable(
+        lengths, capacity_tokens=capacity, block_size=BLOCK_SIZE, max_num_seqs=most, max_step_tokens=4096
+    )
+    assert table is not None
+    changes = np.zeros(table.num_steps + 1)
+    np.add.at(changes, table.starts, 1)
+    np.add.at(changes, table.starts + output, -1)
+    assert np.cumsum(changes).max() <= most and table.used_tokens.max() <= capacity
+    assert table.num_steps <= 1.45 * (output * (prompt + output / 2)).sum() / capacity
 
 
 def test_the_cache_is_fuller_and_nothing_is_preempted() -> None:

@@ -14,12 +14,12 @@ from blendserve.dual_scanner import DualScanner
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.request import Request
 from blendserve.engine.scheduler import Scheduler
+from blendserve.known_lengths import KnownLengths
 from blendserve.planner.schedule import schedule_requests
 from blendserve.planner.simulated_job import SimulatedJob
 from blendserve.planner.simulated_run import run_schedule, shard_of
 from blendserve.planner.simulation import SimulationResult
 from blendserve.planner.timetabled_simulator import timetable_for
-from blendserve.timetable import KnownLengths
 from tests.planner.test_simulator import job_of, machine, unit_costs
 
 BLOCK_SIZE, NUM_BLOCKS, STEP_TOKENS = 128, 150, 4096
