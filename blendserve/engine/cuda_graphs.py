@@ -59,9 +59,8 @@ def shapes_to_prepare(max_num_seqs: int, max_num_batched_tokens: int, has_chunks
         shapes = {padded_shape(0, tokens, min(count + 1, tokens)) for tokens in all_tokens for count in counts}
     else:
         shapes = {padded_shape(number, 0, 0) for number in range(1, max_num_seqs + 1)}
-        shapes |= {
-            padded_shape(number, tokens - number, 1) for tokens in all_tokens for number in counts if number < tokens
-        }
+        mixed = {(min(number, tokens - 1), tokens) for tokens in all_tokens for number in counts}
+        shapes |= {padded_shape(number, tokens - number, 1) for number, tokens in mixed}
         most = max_num_batched_tokens
         shapes |= {
             padded_shape(number, most - number, chunks)
