@@ -115,7 +115,7 @@ class ShardFolder:
         """Declare the shard done: what counts now counts for good. Raises InUseError when another process took over."""
         steps = self._names("steps-")
         with _reporting_full_disk(self.place):
-            self._held.close(self._names("part-"))
+            self._held.close([*self._names("part-"), *steps])  # the steps until they are removed below
             self._store.write(_MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
             for name in steps:
                 self._store.remove(name)
