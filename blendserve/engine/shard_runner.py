@@ -101,7 +101,10 @@ class ShardRunner:
 
     def _open_source(self, shard: int, guests: Sequence[Request]) -> ShardReader | None:
         attempt = self._begin(shard, guests)
-        return None if attempt is None else attempt.reader
+        if attempt is None:
+            return None
+        attempt.reader.place(guests)
+        return attempt.reader
 
     def _begin(self, shard: int, guests: Sequence[Request] = ()) -> ShardAttempt | None:
         """Open a shard; None when nothing of it was left to run."""

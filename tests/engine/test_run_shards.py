@@ -240,15 +240,26 @@ def test_finished_shards_load_no_model(llama: Path, tmp_path: Path, monkeypatch:
     assert told == done
 
 
-def test_finished_shards_are_passed_over_beside_one_that_runs(llama: Path, tmp_path: Path) -> None:
-    shards = [requests_of(number, NUM_REQUESTS, has_long=number == 0) for number in range(NUM_SHARDS)]
+def test_finished_shards_are_passed_over_beside_one_that_runs(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = [requests_of(number, NUM_REQUESTS, has_long=number == 0)[::-1] for number in range(NUM_SHARDS)]
     plan_dir = write_shards(tmp_path / "plan", llama, shards)
+    open_source, positions = ShardRunner._open_source, []
+
+    def see(runner: ShardRunner, shard: int, guests: Sequence[Request]) -> Any:
+        source = open_source(runner, shard, guests)
+        positions.append([guest.position for guest in guests])
+        return source
+
+    monkeypatch.setattr(ShardRunner, "_open_source", see)
     run_shard(plan_dir, 1, should_stop=lambda: False, on_progress=None)
     (tmp_path / "completions/shard-00001/shard.json").unlink()  # killed before it was written: nothing is left to run
     run_shard(plan_dir, 2, should_stop=lambda: False, on_progress=None)
     told: list[ShardManifest] = []
     runner_of(plan_dir, told.append).run(GivenOrders(range(NUM_SHARDS)))
     assert [(manifest.shard, manifest.num_resumed) for manifest in told] == [(1, NUM_REQUESTS), (2, 0), (0, 0)]
+    assert positions == [[NUM_REQUESTS - 1]] * 2, "what runs keeps its place in the shard that goes on"
 
 
 def test_a_shard_that_is_in_use_ends_it_and_keeps_what_is_finished(
