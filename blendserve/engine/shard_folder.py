@@ -43,13 +43,14 @@ class ShardFolder:
         self._num_written = 0
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep every other process out.
+    def locked(self, *, is_waiting: bool = True) -> Iterator[None]:
+        """Keep every other process out. is_waiting: for one that is in, or may be, to end.
 
         Raises InUseError when one is in, OutputError when the folder can't be written.
         """
+        wait_seconds = STOP_SECONDS if is_waiting else None
         with _reporting_full_disk(self.place):
-            self._lease = acquire_lease(self._store, f"Shard folder {self.place}", wait_seconds=STOP_SECONDS)
+            self._lease = acquire_lease(self._store, f"Shard folder {self.place}", wait_seconds=wait_seconds)
         with self._lease:
             yield
 
