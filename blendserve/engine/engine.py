@@ -277,11 +277,12 @@ class LLMEngine:
         self, model: LlamaModel, bytes_per_block: int, max_useful_tokens: int | None, max_requests: int
     ) -> int:
         limits = self.limits
-        num_tokens = min(limits.max_num_batched_tokens, self.max_model_len)
+        num_tokens = min(limits.max_num_batched_tokens, self.max_model_len * limits.max_num_seqs)
         activation_bytes = profile_activation_bytes(
             model,
             num_tokens=num_tokens,
             num_sampled=min(limits.max_num_seqs, num_tokens),
+            max_model_len=self.max_model_len,
             block_size=limits.block_size,
         )
         available = free_memory_bytes(model.device, activation_bytes)
