@@ -19,6 +19,7 @@ from blendserve.engine.device import (
     count_blocks,
     describe_device,
     free_memory_bytes,
+    is_out_of_memory,
     resolve_device,
     resolve_dtype,
     resolve_limits,
@@ -207,7 +208,9 @@ class LLMEngine:
         counts = self._describe(batch)
         try:
             return _StepInFlight(batch, counts, self.runner.launch(batch))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             log.warning("A step of %d tokens found no memory: %s", batch.num_tokens, error)
             return None
 
