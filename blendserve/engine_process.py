@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,6 +35,7 @@ from blendserve.manifest import PlanManifest, ShardManifest, read_manifest
 
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 20.0
+_REST_SECONDS = 5.0  # for what an ended process wrote last
 _KEPT_LINES = 30
 _EVENTS = ("progress", "next", "done")
 _MEMORY_MARKS = ("OutOfMemoryError", "MemoryError", "out of memory", "can't allocate memory")
@@ -61,7 +64,8 @@ def run_shard_process(
     """Run a shard of the plan in `plan_folder` to its end and return its manifest.
 
     Finished rows of an earlier attempt are kept and not run again. `should_stop` is asked five times a second; when
-    it says yes, or when this thread is interrupted, the engine writes out what is finished and ends.
+    it says yes, or when this thread is interrupted, the engine writes out what is finished and ends; one that hasn't
+    ended after 20 seconds is killed.
     `completions` is the folder or URL that the completions' folders lie in; by default what the plan says.
 
     Raises Interrupted when stopped, InUseError when another process has the shard, PlanError for an unknown shard or
@@ -138,20 +142,27 @@ class _EngineProcess:
             raise self._failure(status)
 
     def _watch(self, process: subprocess.Popen[bytes], should_stop: Callable[[], bool] | None) -> int:
-        written: queue.Queue[bytes] = queue.Queue()
+        """Hear what the process says to its end. Returns its status; SIGTERM's when it had to be killed to stop."""
+        written: queue.Queue[str] = queue.Queue()
         reader = threading.Thread(target=_forward, args=(process.stderr, written), daemon=True)
         reader.start()
-        is_stopping = False
-        while process.poll() is None or reader.is_alive() or not written.empty():
-            if should_stop is not None and not is_stopping and should_stop():
+        process.stderr = None  # the thread's alone: to close it would wait for a child of the process that has it too
+        kill_at, is_killed = math.inf, False
+        while process.poll() is None:
+            if time.monotonic() >= kill_at and not is_killed:
+                log.warning("The engine's process didn't stop within %g s and is killed.", _STOP_SECONDS)
+                process.kill()
+                is_killed = True
+            elif kill_at == math.inf and should_stop is not None and should_stop():
                 process.terminate()
-                is_stopping = True
-            try:
-                line = written.get(timeout=_POLL_SECONDS).decode("utf-8", errors="replace").rstrip()
-            except queue.Empty:
-                continue
-            self._hear(line, process)
-        return process.wait()
+                kill_at = time.monotonic() + _STOP_SECONDS
+            with suppress(queue.Empty):
+                self._hear(written.get(timeout=_POLL_SECONDS), process)
+        reader.join(_REST_SECONDS)
+        while not written.empty():
+            self._hear(written.get(), process)
+        status = process.wait()
+        return -signal.SIGTERM if is_killed and status == -signal.SIGKILL else status
 
     def _hear(self, line: str, process: subprocess.Popen[bytes]) -> None:
         """Take in a line that the process has written."""
@@ -215,9 +226,10 @@ def _environment(device: str | None) -> dict[str, str]:
     return {**defaults, **os.environ, **chosen, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _forward(stream: IO[bytes] | None, written: queue.Queue[bytes]) -> None:
-    for line in stream or ():
-        written.put(line)
+def _forward(stream: IO[bytes], written: queue.Queue[str]) -> None:
+    with stream:
+        for line in stream:
+            written.put(line.decode("utf-8", errors="replace").rstrip())
 
 
 def _parse_event(line: str) -> dict[str, Any] | None:

@@ -194,16 +194,16 @@ class Lease:
         )
 
 
-def acquire_lease(store: FileStore, what: str, *, wait_seconds: float = 0.0) -> Lease:
+def acquire_lease(store: FileStore, what: str, *, wait_seconds: float | None = 0.0) -> Lease:
     """Take the lease on the folder `store`, which messages call `what`; leave it as a context manager.
 
     An expired, released or dead holder is taken over from. A living one is waited for, at least `wait_seconds` and
-    until it was seen to live. Raises InUseError when it stays.
+    until it was seen to live; with None nobody is. Raises InUseError when it stays.
     """
     return Lease(store, _claimed(store, what, wait_seconds), what)
 
 
-def _claimed(store: FileStore, what: str, wait_seconds: float) -> Claim:
+def _claimed(store: FileStore, what: str, wait_seconds: float | None) -> Claim:
     """Create the next claim as soon as the newest one is free."""
     started = time.monotonic()
     watched = _Watched(None, started)
@@ -220,7 +220,7 @@ def _claimed(store: FileStore, what: str, wait_seconds: float) -> Claim:
             continue
         holder = _decoded(content)
         is_alive = watched.num_changes > 0 or (wait_seconds == 0 and holder is not None and _runs_here(holder))
-        if is_alive and now - started >= wait_seconds:
+        if wait_seconds is None or (is_alive and now - started >= wait_seconds):
             raise InUseError(
                 f"{what} is in use by {_describe(holder)}. Wait for it or stop it; a holder that died is taken over "
                 f"from after {LEASE_SECONDS:g} s."

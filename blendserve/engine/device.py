@@ -17,6 +17,7 @@ _CPU_MEMORY_SHARE = 0.25
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 # Of all GPU memory, kept free for what the profile run didn't show: fragmentation, libraries, graphs.
 _GPU_RESERVE_SHARE = 0.05
+_MEMORY_MARKS = ("out of memory", "STATUS_ALLOC_FAILED")  # of CUDA and Triton; of cuBLAS and cuDNN
 
 
 def resolve_device(engine: EngineSpec) -> torch.device:
@@ -89,6 +90,18 @@ def free_memory_bytes(device: torch.device, activation_bytes: int) -> int:
     limits = [path.read_text(encoding="ascii").strip() for path in _CONTAINER_LIMITS if path.exists()]
     available = [psutil.virtual_memory().available, *(int(limit) for limit in limits if limit.isdigit())]
     return int(min(available) * _CPU_MEMORY_SHARE)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether `error`, or one that led to it, says that the device had no memory left.
+
+    torch has a type for what its tensors lack; libraries, drivers and captures say it in the text of a RuntimeError.
+    """
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or any(mark in str(error) for mark in _MEMORY_MARKS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def count_blocks(available_bytes: int, bytes_per_block: int, max_useful_blocks: int) -> int:

@@ -19,6 +19,7 @@ from blendserve.engine.device import (
     count_blocks,
     describe_device,
     free_memory_bytes,
+    is_out_of_memory,
     resolve_device,
     resolve_dtype,
     resolve_limits,
@@ -207,7 +208,9 @@ class LLMEngine:
         counts = self._describe(batch)
         try:
             return _StepInFlight(batch, counts, self.runner.launch(batch))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             log.warning("A step of %d tokens found no memory: %s", batch.num_tokens, error)
             return None
 
@@ -277,11 +280,12 @@ class LLMEngine:
         self, model: LlamaModel, bytes_per_block: int, max_useful_tokens: int | None, max_requests: int
     ) -> int:
         limits = self.limits
-        num_tokens = min(limits.max_num_batched_tokens, self.max_model_len)
+        num_tokens = min(limits.max_num_batched_tokens, self.max_model_len * limits.max_num_seqs)
         activation_bytes = profile_activation_bytes(
             model,
             num_tokens=num_tokens,
             num_sampled=min(limits.max_num_seqs, num_tokens),
+            max_model_len=self.max_model_len,
             block_size=limits.block_size,
         )
         available = free_memory_bytes(model.device, activation_bytes)

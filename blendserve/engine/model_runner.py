@@ -218,6 +218,8 @@ class ModelRunner:
         return StepShape(batch.num_tokens, num_decodes, num_chunks)
 
     def _forward(self, words: torch.Tensor, shape: StepShape, tables: torch.Tensor, longest_chunk: int) -> torch.Tensor:
+        if self._is_batch_invariant:  # attention chooses its tiles by it
+            longest_chunk = self._max_num_batched_tokens
         batches = model_batches(words, shape, tables, self._last_tokens, longest_chunk, self._num_sms)
         if len(batches) == 1:
             return self.model.forward(batches[0], self._kv_cache)

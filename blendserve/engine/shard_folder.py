@@ -43,13 +43,14 @@ class ShardFolder:
         self._num_written = 0
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep every other process out.
+    def locked(self, *, is_waiting: bool = True) -> Iterator[None]:
+        """Keep every other process out. is_waiting: for one that is in, or may be, to end.
 
         Raises InUseError when one is in, OutputError when the folder can't be written.
         """
+        wait_seconds = STOP_SECONDS if is_waiting else None
         with _reporting_full_disk(self.place):
-            self._lease = acquire_lease(self._store, f"Shard folder {self.place}", wait_seconds=STOP_SECONDS)
+            self._lease = acquire_lease(self._store, f"Shard folder {self.place}", wait_seconds=wait_seconds)
         with self._lease:
             yield
 
@@ -115,7 +116,7 @@ class ShardFolder:
         """Declare the shard done: what counts now counts for good. Raises InUseError when another process took over."""
         steps = self._names("steps-")
         with _reporting_full_disk(self.place):
-            self._held.close(self._names("part-"))
+            self._held.close([*self._names("part-"), *steps])  # the steps until they are removed below
             self._store.write(_MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
             for name in steps:
                 self._store.remove(name)

@@ -46,7 +46,7 @@ class ShardReader:
         guests: Sequence[Request] = (),
     ) -> None:
         """done_rows: row_index of the requests that need not run. guests: requests of earlier shards that will run on
-        beside these; they get the positions behind them.
+        beside these once they have their `place`.
 
         Raises PlanError when the file isn't a shard.
         """
@@ -70,11 +70,14 @@ class ShardReader:
             is_two_ended=is_two_ended,
         )
         self._position = {row: position for position, row in enumerate(self.remaining_row_indices.tolist())}
-        for position, guest in enumerate(guests, start=len(self._remaining)):
-            guest.position = position
         lengths = self._read_lengths() if is_two_ended else None
         self.learner = None if lengths is None else LengthLearner(_with_guests(lengths, guests), self.scanner)
         self.lengths = self._known_lengths() if is_two_ended and self.learner is None else None
+
+    def place(self, guests: Sequence[Request]) -> None:
+        """Give the guests the positions behind the requests of this shard, beside which they run from now on."""
+        for position, guest in enumerate(guests, start=len(self._remaining)):
+            guest.position = position
 
     def position_of(self, row_index: int) -> int:
         """Where the request of this row stands in the scanner."""

@@ -6,6 +6,8 @@ the last of them is written. A step counts for the shard that began last of thos
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -18,8 +20,10 @@ from blendserve.engine.shard_attempt import Progress, ShardAttempt
 from blendserve.engine.shard_folder import ShardFolder
 from blendserve.engine.shard_reader import ShardReader, max_completion_tokens
 from blendserve.engine.step_metrics import StepMetrics
-from blendserve.errors import Interrupted, PlanError
+from blendserve.errors import Interrupted, InUseError, PlanError
 from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan, read_manifest
+
+log = logging.getLogger(__name__)
 
 
 class Orders(Protocol):
@@ -60,16 +64,17 @@ class ShardRunner:
         self._completions = completions or str((plan_dir / plan.completions).resolve())
         self._engine: LLMEngine | None = None
         self._open: dict[ShardAttempt, ExitStack] = {}  # in the order of their beginning, and what ends them
+        self._in_use: deque[int] = deque()  # ordered, and left until those that run are through
 
     def run(self, orders: Orders) -> None:
         """Run what is left of each shard that `orders` names; one of which nothing is left is told of at once.
 
         Raises Interrupted when `should_stop()` said so before the end; then all that was finished is written, and
-        another call goes on. Raises InUseError when another process runs a shard or has taken it over; PlanError,
-        ModelError, UsageError or OutputError for what plan, model, device or disk lack.
+        another call goes on. Raises InUseError when another process has taken a shard over, or has one when all others
+        are through; PlanError, ModelError, UsageError or OutputError for what plan, model, device or disk lack.
         """
         try:
-            while (shard := orders.wait()) is not None:
+            while (shard := self._in_use.popleft() if self._in_use else orders.wait()) is not None:
                 attempt = self._begin(shard)
                 if attempt is not None:
                     self._run_engine(attempt, orders)
@@ -100,8 +105,16 @@ class ShardRunner:
         return None if shard is None else partial(self._open_source, shard)
 
     def _open_source(self, shard: int, guests: Sequence[Request]) -> ShardReader | None:
-        attempt = self._begin(shard, guests)
-        return None if attempt is None else attempt.reader
+        try:
+            attempt = self._begin(shard, guests)
+        except InUseError as error:
+            log.info("%s Shard %d is left until those that run are through.", error, shard)
+            self._in_use.append(shard)
+            return None
+        if attempt is None:
+            return None
+        attempt.reader.place(guests)
+        return attempt.reader
 
     def _begin(self, shard: int, guests: Sequence[Request] = ()) -> ShardAttempt | None:
         """Open a shard; None when nothing of it was left to run."""
@@ -110,7 +123,7 @@ class ShardRunner:
         if self._was_finished(folder):
             return None
         with ExitStack() as end:
-            end.enter_context(folder.locked())
+            end.enter_context(folder.locked(is_waiting=not self._open))
             if self._was_finished(folder):  # by whom we waited for
                 return None
             folder.remove_manifest()  # of an earlier plan; its completions stay
@@ -137,9 +150,8 @@ class ShardRunner:
         return True
 
     def _publish(self, attempt: ShardAttempt) -> None:
-        with self._open[attempt]:
+        with self._open.pop(attempt):
             manifest = attempt.publish()
-        del self._open[attempt]
         self._on_done(manifest)
 
     def _take(self, completion: Completion) -> None:

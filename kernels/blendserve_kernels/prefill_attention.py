@@ -68,7 +68,8 @@ def prefill_attention(
     are neither read nor written. A chunk may be empty, its context too: so padding is marked, behind the real chunks.
     context_lens: int32 [B], tokens of the request in the cache including this chunk, so
     query i of request b sits at position context_lens[b] - chunk_length + i and sees the keys up to its own.
-    max_seqlen_q: an upper bound of the longest chunk, on the host; it decides how fast, not what comes out.
+    max_seqlen_q: an upper bound of the longest chunk, on the host, that the tiles are chosen by. With the same bound a
+    row is bitwise the same whatever else is in the batch.
     plan: what `plan_prefill` returned for this step, so that its layers share it; without one each call makes its own.
     out: written and returned if given, contiguous, like q. Without it the rows outside every chunk are undefined.
     Cache content beyond a context is never used.

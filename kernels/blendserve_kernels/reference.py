@@ -13,6 +13,8 @@ import torch.nn.functional as F  # noqa: N812 (torch's own custom)
 _MAX_GATHERED_ELEMENTS = 1 << 20
 # Sampling looks for its thresholds among this many largest logits before it sorts the whole vocabulary.
 _NUM_CANDIDATES = 256
+# Below this temperature the likeliest token is all but certain, and divided logits come close to infinity.
+MIN_TEMPERATURE = 1e-5
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -243,7 +245,7 @@ def sample(
 ) -> torch.Tensor:
     """Twin of `sampling.sample`."""
     token_ids = greedy(logits)
-    rows = (temperature > 0).nonzero().squeeze(1)
+    rows = (temperature >= MIN_TEMPERATURE).nonzero().squeeze(1)
     if rows.numel() == 0:
         return token_ids
     scaled = logits[rows].float() / temperature[rows].unsqueeze(1)

@@ -54,7 +54,7 @@ def sample_checked(
     """Return (token_ids, is_finite), int64 and bool [num_rows] as `greedy_checked` does, one draw per row.
 
     logits: [num_rows, vocab_size] of any float dtype, taken as it is.
-    temperature: float32 [num_rows], 0 = greedy. top_k: int32 [num_rows], 0 = off: keep the k largest.
+    temperature: float32 [num_rows], below 1e-5 = greedy. top_k: int32 [num_rows], 0 = off: keep the k largest.
     top_p: float32 [num_rows], 1 = off: of those keep the fewest largest whose probability reaches p.
     min_p: float32 [num_rows], 0 = off: of those keep the ones at least min_p times as likely as the likeliest.
     Ties with the last kept logit are kept.

@@ -167,6 +167,17 @@ def test_a_run_that_is_stopped_leaves_the_engine_ready_for_the_next(llama: Path)
     assert run_engine(engine, requests).token_ids() == run_engine(make_engine(llama), requests).token_ids()
 
 
+def fail_for_memory(kind: int) -> None:
+    """As torch does when a tensor finds no memory, a library's workspace, or something while a graph is captured."""
+    if kind == 1:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    try:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+    finally:
+        if kind == 2:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
 @pytest.mark.parametrize("max_in_flight", [1, 2])
 def test_a_step_without_memory_shrinks_the_cache_and_goes_on(
     llama: Path, monkeypatch: pytest.MonkeyPatch, max_in_flight: int
@@ -174,17 +185,26 @@ def test_a_step_without_memory_shrinks_the_cache_and_goes_on(
     requests = stated_requests(PROMPTS, 12)
     expected = run_engine(make_engine(llama), requests).token_ids()
     engine = make_engine(llama, None, max_in_flight, num_blocks=100, max_num_seqs=4)
-    forward, numbers = LlamaModel.forward, iter(range(1000))
+    forward, numbers, kinds = LlamaModel.forward, iter(range(1000)), iter(range(3))
 
     def forward_without_memory(*arguments: Any) -> Any:
         if next(numbers) in (0, 3, 9):
-            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+            fail_for_memory(next(kinds))
         return forward(*arguments)
 
     monkeypatch.setattr(LlamaModel, "forward", forward_without_memory)
     run = run_engine(engine, requests)
     assert run.token_ids() == expected
     assert run.steps[-1].num_total_blocks == 72  # 100, three times less a tenth
+
+
+def test_what_is_no_lack_of_memory_is_raised(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(LlamaModel, "forward", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_engine(make_engine(llama), stated_requests(PROMPTS, 12))
 
 
 def test_a_device_that_never_has_memory_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from blendserve.engine import engine
 from blendserve.engine.device import EngineLimits
+from blendserve.models.batch import ModelBatch
+from blendserve.models.llama import LayerCache, LlamaModel
 from tests.engine.engine_runs import ModelFactory, generate, make_engine, make_prompts, run_engine, stated_requests
 
 PROMPTS = make_prompts(12, seed=5, num_prefixes=3, longest=60)
@@ -45,5 +48,14 @@ def test_decodes_as_chunks_and_padding_change_no_token(llama: Path, monkeypatch:
     """What a GPU does in a deterministic run, done on any device."""
     limits = EngineLimits(8, 5, 48, is_batch_invariant=True)
     monkeypatch.setattr(engine, "resolve_limits", lambda _spec, _device: limits)
+    forward, longest = LlamaModel.forward, set()
+
+    def see(model: LlamaModel, batch: ModelBatch, kv_cache: list[LayerCache]) -> torch.Tensor:
+        assert batch.decode is None and batch.prefill is not None
+        longest.add(batch.prefill.max_seqlen_q)
+        return forward(model, batch, kv_cache)
+
+    monkeypatch.setattr(LlamaModel, "forward", see)
     run = run_engine(make_engine(llama), stated_requests(PROMPTS, 12))
     assert run.token_ids() == generate(llama, PROMPTS, 12)
+    assert len(longest) == 1, "attention chooses its tiles by it"

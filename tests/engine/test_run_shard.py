@@ -245,6 +245,33 @@ def test_metrics_and_seconds_cover_every_attempt(llama: Path, tmp_path: Path) ->
     assert not list(folder.glob("steps-*")), "they are all in metrics.parquet"
 
 
+def test_killed_before_its_manifest_is_there_it_keeps_its_metrics(
+    plan_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    written: list[ShardManifest] = []
+    write = LocalStore.write
+
+    def die(store: LocalStore, name: str, content: bytes) -> None:
+        if name == "shard.json":
+            written.append(ShardManifest.model_validate_json(content))
+            raise KilledError
+        write(store, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "write", die)
+        with pytest.raises(KilledError):
+            run(plan_dir)
+    manifest = run(plan_dir)
+    assert manifest.num_resumed == NUM_REQUESTS and manifest.num_steps > 0
+    assert (manifest.num_steps, manifest.seconds) == (written[0].num_steps, written[0].seconds)
+    folder = plan_dir.parent / "completions/shard-00000"
+    assert pq.read_table(folder / "metrics.parquet").num_rows == manifest.num_steps
+    assert not list(folder.glob("steps-*"))
+
+
 def test_a_full_disk_is_reported_and_loses_nothing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -240,30 +240,56 @@ def test_finished_shards_load_no_model(llama: Path, tmp_path: Path, monkeypatch:
     assert told == done
 
 
-def test_finished_shards_are_passed_over_beside_one_that_runs(llama: Path, tmp_path: Path) -> None:
-    shards = [requests_of(number, NUM_REQUESTS, has_long=number == 0) for number in range(NUM_SHARDS)]
+def test_finished_shards_are_passed_over_beside_one_that_runs(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = [requests_of(number, NUM_REQUESTS, has_long=number == 0)[::-1] for number in range(NUM_SHARDS)]
     plan_dir = write_shards(tmp_path / "plan", llama, shards)
+    open_source, positions = ShardRunner._open_source, []
+
+    def see(runner: ShardRunner, shard: int, guests: Sequence[Request]) -> Any:
+        source = open_source(runner, shard, guests)
+        positions.append([guest.position for guest in guests])
+        return source
+
+    monkeypatch.setattr(ShardRunner, "_open_source", see)
     run_shard(plan_dir, 1, should_stop=lambda: False, on_progress=None)
     (tmp_path / "completions/shard-00001/shard.json").unlink()  # killed before it was written: nothing is left to run
     run_shard(plan_dir, 2, should_stop=lambda: False, on_progress=None)
     told: list[ShardManifest] = []
     runner_of(plan_dir, told.append).run(GivenOrders(range(NUM_SHARDS)))
     assert [(manifest.shard, manifest.num_resumed) for manifest in told] == [(1, NUM_REQUESTS), (2, 0), (0, 0)]
+    assert positions == [[NUM_REQUESTS - 1]] * 2, "what runs keeps its place in the shard that goes on"
 
 
-def test_a_shard_that_is_in_use_ends_it_and_keeps_what_is_finished(
+def test_a_shard_that_is_in_use_ends_it_when_the_others_are_through(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = [requests_of(number, NUM_REQUESTS, has_long=number == 0) for number in range(2)]
     plan_dir = write_shards(tmp_path / "plan", llama, shards, max_num_seqs=8)
     monkeypatch.setattr(shard_folder, "STOP_SECONDS", 0.0)
     store = LocalStore(tmp_path / "completions/shard-00001")
-    with lease.acquire_lease(store, "Shard"), pytest.raises(InUseError, match=r"shard-00001 is in use by process"):
-        runner_of(plan_dir, lambda _: None).run(GivenOrders([0, 1]))
-    num_kept = len(results(plan_dir))
     told: list[ShardManifest] = []
-    runner_of(plan_dir, told.append).run(GivenOrders([0, 1]))
-    assert num_kept > 0 and {manifest.shard: manifest.num_resumed for manifest in told} == {0: num_kept, 1: 0}
+    with lease.acquire_lease(store, "Shard"), pytest.raises(InUseError, match=r"shard-00001 is in use by process"):
+        runner_of(plan_dir, told.append).run(GivenOrders([0, 1]))
+    runner_of(plan_dir, told.append).run(GivenOrders([1]))
+    assert [(manifest.shard, manifest.num_resumed) for manifest in told] == [(0, 0), (1, 0)]
+
+
+def test_a_shard_that_is_in_use_waits_for_those_that_run(llama: Path, tmp_path: Path) -> None:
+    """The requests that run don't wait for it: another shard takes its place beside them."""
+    shards = [requests_of(number, NUM_REQUESTS, has_long=number == 0) for number in range(NUM_SHARDS)]
+    plan_dir = write_shards(tmp_path / "plan", llama, shards)
+    held = lease.acquire_lease(LocalStore(tmp_path / "completions/shard-00001"), "Shard")
+    told: list[int] = []
+
+    def on_done(manifest: ShardManifest) -> None:
+        told.append(manifest.shard)
+        if manifest.shard == 0:
+            held.__exit__()
+
+    runner_of(plan_dir, on_done).run(GivenOrders(range(NUM_SHARDS)))
+    assert told == [2, 0, 1]
 
 
 def wait_until(is_so: Callable[[], bool], is_running: Callable[[], bool]) -> None:

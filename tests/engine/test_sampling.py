@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from blendserve.engine.sampler import request_seed
+from blendserve.engine.sampler import Sampler, request_seed
 from blendserve.spec import SamplingSpec
 from tests.engine.engine_runs import make_engine, make_prompts, run_engine, stated_requests
 
@@ -39,6 +39,13 @@ def test_a_top_k_of_one_is_greedy(llama: Path) -> None:
     greedy = run_engine(make_engine(llama), requests)
     top_one = run_engine(make_engine(llama, SamplingSpec(temperature=1.3, top_k=1)), requests)
     assert top_one.token_ids() == greedy.token_ids()
+
+
+def test_hardly_any_temperature_is_greedy() -> None:
+    logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(0)) * 10
+    numbers = torch.arange(8)
+    ids, is_finite = Sampler(SamplingSpec(temperature=1e-40), torch.device("cpu"))(logits, numbers, numbers)
+    assert is_finite.all() and torch.equal(ids, logits.argmax(dim=-1))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])

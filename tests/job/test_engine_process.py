@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import psutil
 import pytest
 
+from blendserve import engine_process
 from blendserve.engine_process import Progress, run_shard_process, run_shards_process
 from blendserve.errors import BlendServeError, EngineOutOfMemoryError, EngineProcessError, InUseError, PlanError
 from blendserve.errors import Interrupted as Stopped
@@ -155,6 +157,28 @@ def test_a_stop_ends_the_process(plan: Path) -> None:
             should_stop=lambda: len(started) == 2,
         )
     assert [manifest.shard for manifest in done] == [0] and next(waiting) == 2
+
+
+def test_a_hung_process_is_killed_when_it_does_not_stop(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_process, "_STOP_SECONDS", 0.2)
+    hung = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntell(event='progress', shard=1)\n"
+    (plan / "1.py").write_text(hung + "time.sleep(8)")
+    started: list[Progress] = []
+    with pytest.raises(Stopped, match=r"Shard 1 was stopped\. What is finished is kept"):
+        run_shard_process(plan, 1, on_progress=started.append, should_stop=lambda: len(started) == 2)
+
+
+def test_what_keeps_stderr_open_does_not_keep_the_process_going(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child of the engine's process may outlive it, and has its stderr."""
+    monkeypatch.setattr(engine_process, "_REST_SECONDS", 0.2)
+    command = "[sys.executable, '-S', '-c', 'import time; time.sleep(8)']"
+    (plan / "0.py").write_text(f"import subprocess\ntell(event='progress', pid=subprocess.Popen({command}).pid)")
+    told: list[Progress] = []
+    run_shard_process(plan, 0, on_progress=told.append)
+    child = psutil.Process(told[-1]["pid"])
+    is_running = child.status() != psutil.STATUS_ZOMBIE
+    child.kill()
+    assert is_running
 
 
 def test_what_an_engine_says_is_logged(plan: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -78,6 +78,15 @@ def test_who_does_not_want_to_wait_is_told_at_once(store: LocalStore, no_heartbe
         acquire(store, wait_seconds=0)
 
 
+def test_who_waits_for_nothing_leaves_a_silent_holder_alone(store: LocalStore, no_heartbeat: None) -> None:
+    with acquire(store):
+        on_another_machine(store)
+        with pytest.raises(InUseError):
+            acquire_lease(store, "Shard 0", wait_seconds=None)
+    with acquire_lease(store, "Shard 0", wait_seconds=None):
+        pass
+
+
 def test_a_silent_holder_of_another_machine_is_taken_over_from(store: LocalStore, no_heartbeat: None) -> None:
     first = acquire(store)
     kept = write_part(store, first, 0)

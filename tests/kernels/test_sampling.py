@@ -65,6 +65,16 @@ def test_sample_of_nan_stays_within_the_vocabulary(device: torch.device) -> None
     assert torch.all((ids >= 0) & (ids < 100))
 
 
+def test_sample_at_hardly_any_temperature_is_greedy(device: torch.device) -> None:
+    """Logits that are divided by it would be infinite."""
+    logits = torch.randn(4, 300, device=device) * 10
+    arguments = list(_arguments(4, device, top_p=0.9))
+    arguments[0] = torch.tensor([1e-5, 9e-6, 1e-38, 1e-40], device=device)
+    for sample in (sample_triton, sample_checked):
+        ids, is_finite = sample(logits, *arguments)
+        assert is_finite.all() and torch.equal(ids, greedy(logits))
+
+
 def test_sample_mixes_greedy_and_drawn_rows(device: torch.device) -> None:
     logits = torch.randn(4, 300, device=device)
     arguments = list(_arguments(4, device))

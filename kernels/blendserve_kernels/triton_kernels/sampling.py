@@ -15,11 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
+from blendserve_kernels.reference import MIN_TEMPERATURE
+
 _BLOCK = 4096
 _MAX_CANDIDATES = 4096
 # How far below the largest logit the cuts lie, beyond which no candidates are gathered.
 _CUTS = tl.constexpr((2.5, 5.0, 10.0, 20.0))
 _KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
+_MIN_TEMPERATURE = tl.constexpr(MIN_TEMPERATURE)
 
 
 @triton.jit
@@ -258,7 +261,7 @@ def _sample_kernel(
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * row_stride
     temperature = tl.load(temperature_ptr + row)
-    is_greedy = temperature <= 0.0
+    is_greedy = temperature < _MIN_TEMPERATURE
     temperature = tl.where(is_greedy, 1.0, temperature)
     largest, first_largest, num_unsound = _largest(row_ptr, temperature, vocab_size, True, BLOCK)
     tl.store(is_finite_ptr + row, num_unsound == 0)
