@@ -1,9 +1,10 @@
 """Why overlap gains so little: power and clock of a GPU under products, under attention, one after the other, at once.
 
-    PYTHONPATH=kernels:. python benchmarks/kernels/power.py [--output FILE]
+    PYTHONPATH=kernels:. python benchmarks/kernels/power.py [--ways WORDS …] [--output FILE]
 
 Each way of overlap.py repeats for over a second, until the GPU is as hot and as slow as it gets; meanwhile nvidia-smi
-is asked. `at once` runs decode attention and products that wait for nothing of each other.
+is asked. `at once` runs decode attention and products that wait for nothing of each other. --ways: only
+those whose names begin like this.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from blendserve.nvidia_smi import query_gpus
 
 NUM_LAYERS, SECONDS = 8, 1.6
 MIXES = (Mix(1024, 440, 0), Mix(512, 880, 1536))
-PROGRAMS = (28, 36)
+PROGRAMS = (28, 36, 44, 52)
 
 
 def attention(batch: NanoBatch) -> None:
@@ -77,7 +78,7 @@ def measure(way: str, work: Callable[[], None]) -> dict[str, Any]:
     return line
 
 
-def measure_mix(layers: Layers, mix: Mix, num_sms: int) -> list[dict[str, Any]]:
+def measure_mix(layers: Layers, mix: Mix, num_sms: int, names: tuple[str, ...]) -> list[dict[str, Any]]:
     half, context, chunk = mix.num_decodes // 2, mix.context_tokens, mix.num_chunk_tokens
     streams = [torch.cuda.Stream(priority=-1), torch.cuda.Stream()]  # type: ignore[no-untyped-call]
     whole = NanoBatch(layers, range(mix.num_decodes), context, chunk, None, None)
@@ -95,16 +96,19 @@ def measure_mix(layers: Layers, mix: Mix, num_sms: int) -> list[dict[str, Any]]:
         ways[f"products on {num_sms - programs}"] = partial(products, limited)
         ways[f"ping-pong, {programs}"] = partial(ping_pong, halves, NUM_LAYERS, streams)
         ways[f"at once, {programs}"] = partial(at_once, decodes, limited, streams)
-    return [measure(way, work) for way, work in ways.items()]
+    return [measure(way, work) for way, work in ways.items() if way.startswith(names)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--ways", nargs="+", default=[""])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     layers = Layers(NUM_LAYERS, 4096, "cuda")
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    report = describe_run() | {"mixes": [{**vars(mix), "ways": measure_mix(layers, mix, num_sms)} for mix in MIXES]}
+    names = tuple(arguments.ways)
+    mixes = [{**vars(mix), "ways": measure_mix(layers, mix, num_sms, names)} for mix in MIXES]
+    report = describe_run() | {"mixes": mixes}
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 

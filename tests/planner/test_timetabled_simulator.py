@@ -96,7 +96,7 @@ def test_all_work_is_done(seed: int, num_prompts: int, num_long: int) -> None:
     assert simulated.num_output_tokens == int(job.output_tokens.sum())
 
 
-def test_the_cache_is_fuller_than_from_both_fronts() -> None:
+def test_the_cache_is_full_by_half_once_it_has_filled() -> None:
     job = mixed_job(1)
     source = Source(job)
     assert timetable_for(job.simulated_requests(), MACHINE, source._shard) is not None
