@@ -1,7 +1,7 @@
 """The command line. Results go to stdout, progress and messages to stderr; with --json the last line is one object.
 
 Exit status: 0 done, 1 finished with failed rows under --on-row-error fail, 2 bad usage or input, 3 internal error,
-75 in use by another process (try again later), 130 stopped on request.
+69 an object store doesn't answer, 75 in use by another process (try again later), 130 stopped on request.
 """
 
 from __future__ import annotations

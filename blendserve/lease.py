@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from blendserve.errors import InUseError
+from blendserve.errors import BlendServeError, InUseError
 from blendserve.file_store import FileStore
 
 LEASE_SECONDS = float(os.environ.get("BLENDSERVE_LEASE_SECONDS", "60"))
@@ -123,7 +123,7 @@ class Lease:
         try:
             self.check()
             self._rewrite(is_released=True)
-        except (InUseError, OSError) as error:
+        except (BlendServeError, OSError) as error:
             log.warning("The lease on %s ends by itself: %s", self._what, error)
 
     @property
@@ -178,7 +178,7 @@ class Lease:
                 self._rewrite(beat=self._claim.beat + 1)
             except InUseError:
                 return
-            except OSError as error:
+            except (BlendServeError, OSError) as error:
                 # The holder may go on: should the claim expire, `check` keeps it from publishing.
                 log.warning("The lease on %s can't be renewed: %s", self._what, error)
 

@@ -1,4 +1,5 @@
-"""Which failures are worth another attempt: lost memory and a shard in other hands are, a wrong setting isn't."""
+"""Which failures are worth another attempt: lost memory, a shard in other hands and a store that doesn't answer are, a
+wrong setting isn't."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from blendserve.errors import (
     ModelError,
     OutputError,
     PlanError,
+    StoreUnreachableError,
     UsageError,
 )
 from blendserve.lease import LEASE_SECONDS
@@ -28,6 +30,11 @@ RETRY_POLICY = ExceptionRetryPolicy(
             exception=EngineOutOfMemoryError,
             action=RetryAction.RETRY,
             reason="Memory ran out, perhaps because of others on the machine; finished rows are kept.",
+        ),
+        RetryRule(
+            exception=StoreUnreachableError,
+            action=RetryAction.RETRY,
+            reason="The object store, or the way to it, was down or busy; finished rows are kept.",
         ),
         RetryRule(
             exception=InUseError,

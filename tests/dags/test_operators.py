@@ -33,6 +33,7 @@ from blendserve.errors import (
     InUseError,
     ModelError,
     ReconciliationError,
+    StoreUnreachableError,
     UsageError,
 )
 
@@ -151,6 +152,7 @@ def test_passwords_in_urls_are_hidden_in_rendered_fields(context: dict[str, Any]
     [
         (EngineOutOfMemoryError("CUDA out of memory"), RetryAction.RETRY),
         (InUseError("in use"), RetryAction.RETRY),
+        (StoreUnreachableError("s3://bucket doesn't answer"), RetryAction.RETRY),
         (EngineProcessError("a bug"), RetryAction.DEFAULT),
         (Interrupted("stopped"), RetryAction.DEFAULT),
         (ModelError("no such model"), RetryAction.FAIL),
@@ -197,6 +199,12 @@ def test_only_tasks_that_run_the_engine_get_the_executors_pod() -> None:
         if (task.executor, task.executor_config) == ("KubernetesExecutor", pod)
     ] == ["blendserve.sample", "blendserve.run_shard"]
     assert dag.get_task("blendserve.plan").executor is None
+
+
+def test_every_task_of_a_batch_is_tried_again() -> None:
+    with DAG("own", schedule=None) as dag:
+        BlendServeBatch(input="/in", output="/out", retries=3)
+    assert {task.retries for task in dag.tasks} == {3}
 
 
 def test_nothing_left_to_run_is_a_success(context: dict[str, Any]) -> None:
