@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from blendserve.errors import BlendServeError
 from blendserve.file_store import reaching
 
 EVERYTHING = ("*",)
@@ -32,6 +33,7 @@ def working_copy(place: str, reads: Sequence[str] = EVERYTHING) -> Iterator[Path
     """The folder `place` itself where it is local; else a copy of the URL, published when the block ends, error or not.
 
     `reads`: patterns of the names whose content is needed; `*` matches `/` as well. JSON files always come along.
+    Errors that name the copy come out with `place` instead.
     Raises StoreUnreachableError when the object store doesn't answer, OutputError when it refuses.
     """
     if not is_url(place):
@@ -43,6 +45,10 @@ def working_copy(place: str, reads: Sequence[str] = EVERYTHING) -> Iterator[Path
             copy.stage((*reads, *_ALWAYS_READ))
         try:
             yield copy.root
+        except BlendServeError as error:
+            if not isinstance(error.__cause__, OSError):  # which would be this machine's: a full disk
+                error.args = (str(error).replace(str(copy.root), place.rstrip("/")),)
+            raise
         finally:
             with reaching(place):
                 copy.publish()

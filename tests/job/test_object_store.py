@@ -16,12 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from s3fs.errors import translate_boto_error
+from typer.testing import CliRunner
 
-from blendserve import job, lease
+from blendserve import cli, job, lease
 from blendserve.engine.shard_folder import ShardFolder
 from blendserve.errors import InputError, InUseError, OutputError, StoreUnreachableError
 from blendserve.file_store import FileStore, open_store, reaching
 from blendserve.input_files import open_input
+from blendserve.job_folder import JobFolder
+from blendserve.job_record import read_record
 from blendserve.lease import acquire_lease, counted_files
 from blendserve.spec import JobSpec
 from blendserve.working_copy import working_copy
@@ -97,9 +100,20 @@ def spec(bucket: str, tiny_model: Path) -> Iterator[JobSpec]:
     )
 
 
+def call(*arguments: str) -> dict[str, Any]:
+    """The command's last line."""
+    done = CliRunner().invoke(cli.app, [*arguments, "--json"])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
 def test_whole_job_from_object_store_to_object_store(spec: JobSpec, bucket: str) -> None:
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in spec.model_dump(exclude_unset=True).items()]
+    assert call("plan", *options)["plan_dir"] == f"{spec.output}/plan"
     manifest = job.run(spec)
     assert manifest["counts"]["succeeded"] == 12
+    for command in ("merge", "report", "show"):
+        assert call(command, spec.output)["exit_status"] == 0
     results = pq.read_table(f"{bucket.removeprefix('s3://')}/out/results", filesystem=fsspec.filesystem("s3"))
     assert results["id"].to_pylist() == [f"row-{n}" for n in range(12)]
     assert results["day"].to_pylist() == [1] * 12
@@ -201,6 +215,11 @@ def test_what_was_done_before_an_error_is_published(bucket: str) -> None:
         (root / "kept").write_text("kept")
         raise ZeroDivisionError
     assert names(bucket) == ["job/kept"]
+
+
+def test_errors_name_the_url(bucket: str) -> None:
+    with pytest.raises(OutputError, match=f"^{bucket}/job holds no job"), working_copy(f"{bucket}/job") as root:
+        read_record(JobFolder(root))
 
 
 def test_unreachable_store_is_an_output_error(bucket: str) -> None:
