@@ -40,7 +40,7 @@ RETRY_POLICY = ExceptionRetryPolicy(
             exception=InUseError,
             action=RetryAction.RETRY,
             retry_delay=timedelta(seconds=LEASE_SECONDS),
-            reason="Another process has the shard; once it ends or its lease runs out, this one goes on.",
+            reason="Another process has the job or the shard; once it ends or its lease runs out, this one goes on.",
         ),
     ]
 )
