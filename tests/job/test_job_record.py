@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from blendserve import job
 from blendserve.errors import InUseError, OutputError
 from blendserve.input_files import open_input
 from blendserve.job_folder import JobFolder
@@ -115,6 +116,22 @@ def test_a_sample_is_planned_anew_unless_it_is_finished(folder: JobFolder, make_
         path.unlink()
     claim(folder, make_record(max_num_seqs=2))
     assert (folder.sample / "plan.json").is_file() == is_finished
+
+
+def test_a_preview_cut_off_right_after_its_plan_makes_way_for_the_sample(
+    folder: JobFolder, make_record: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_plan_and_die(folder: JobFolder, *_: object) -> None:
+        folder.plan.mkdir(exist_ok=True)
+        (folder.plan / "plan.json").touch()
+        raise KeyboardInterrupt
+
+    claim(folder, make_record())
+    monkeypatch.setattr("blendserve.planner.plan.make_plan", write_plan_and_die)
+    monkeypatch.setattr(job, "choose_sample", lambda _root: {"num_requests": 0})
+    with pytest.raises(KeyboardInterrupt):
+        job.plan(folder.root, is_preview=True)
+    assert job.run_sample(folder.root) == {"num_requests": 0}, "not skipped"
 
 
 def test_what_failed_rows_mean_may_change_after_the_end(folder: JobFolder, make_record: Any) -> None:
