@@ -180,7 +180,7 @@ def run_shard(
 def merge(console: Console, output: Annotated[str, _JOB_FOLDER]) -> tuple[dict[str, Any], int]:
     """Put the completions of all shards and the input rows together: results, manifest, report, _SUCCESS."""
     with working_copy(output) as root:
-        console.step("merge", job.merge(root))
+        console.step("merge", job.merge(root) | {"path": f"{_place(output, root)}/results"})
         job.report(root)
         manifest = job.finish(root)
     console.finished(manifest)
