@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## Run the main job on a real model through the Airflow DAG, and show what came out
 	$(BIN)/blendserve demo-data --output $(OUT)/demo/requests.parquet
-	$(BIN)/python -m blendserve.airflow.standalone run blendserve_batch --conf '{"input": "$(OUT)/demo/requests.parquet", "output": "$(OUT)/demo/job", "id_column": "id", "force": true}'
+	AIRFLOW__BLENDSERVE__ALLOWED_PATHS='$(abspath $(OUT))' $(BIN)/python -m blendserve.airflow.standalone run blendserve_batch --conf '{"input": "$(OUT)/demo/requests.parquet", "output": "$(OUT)/demo/job", "id_column": "id", "force": true}'
 	$(BIN)/blendserve show $(OUT)/demo/job
 
 test: $(READY) check  ## Run the linters and every test

@@ -1,7 +1,7 @@
 """The command line. Results go to stdout, progress and messages to stderr; with --json the last line is one object.
 
 Exit status: 0 done, 1 finished with failed rows under --on-row-error fail, 2 bad usage or input, 3 internal error,
-75 in use by another process (try again later), 130 stopped on request.
+69 an object store doesn't answer, 75 in use by another process (try again later), 130 stopped on request.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import typer
 from blendserve import demo_data, job
 from blendserve.console import Console
 from blendserve.doctor import examine
-from blendserve.engine_process import find_plan
 from blendserve.errors import BlendServeError, Interrupted, UsageError
 from blendserve.planner.simulate import POLICIES
 from blendserve.planner.simulate import simulate as simulate_policies
 from blendserve.planner.workload import generate_workload
 from blendserve.spec import JobSpec, Policy, load_job
+from blendserve.working_copy import is_url, working_copy
 
 app = typer.Typer(
     name="blendserve",
@@ -40,6 +40,7 @@ app = typer.Typer(
 _ROWS_FAILED = 1
 _INTERNAL_ERROR = 3
 _JOB_FILE = typer.Option("--job", help="YAML file with any of these options; options given here win.")
+_JOB_FOLDER = typer.Argument(metavar="DIR", help="The job's output folder, or its URL.")
 _JSON = typer.Option("--json", help="Print one JSON object as the last line of stdout.")
 
 Body = Callable[..., tuple[dict[str, Any], int]]
@@ -124,6 +125,11 @@ def _set_signature(function: Callable[..., Any], parameters: list[inspect.Parame
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
+def _place(output: str, root: Path) -> str:
+    """What to call the job's folder, which is worked on in `root`."""
+    return output.rstrip("/") if is_url(output) else str(root)
+
+
 @app.command()
 @_reporting
 @_taking_a_job
@@ -143,59 +149,64 @@ def run(console: Console, spec: JobSpec) -> tuple[dict[str, Any], int]:
 def plan(console: Console, spec: JobSpec) -> tuple[dict[str, Any], int]:
     """Order a job and predict its time, without running anything: no GPU is needed."""
     made = job.preview(spec, on_step=console.step)
-    folder = find_plan(Path(spec.output))
-    compared = job.compare(Path(spec.output))
+    with working_copy(spec.output) as root:
+        compared = job.compare(root)
     console.simulation(compared)
-    return {**made.model_dump(mode="json"), "plan_dir": str(folder), "simulated": compared}, 0
+    plan_dir = f"{_place(spec.output, root)}/plan"
+    return {**made.model_dump(mode="json"), "plan_dir": plan_dir, "simulated": compared}, 0
 
 
 @app.command("run-shard")
 @_reporting
 def run_shard(
     console: Console,
-    plan_dir: Annotated[Path, typer.Argument(help="The plan's folder, or the output folder that holds it.")],
+    plan_dir: Annotated[str, typer.Argument(help="The plan's folder, or the output folder that holds it.")],
     shard: Annotated[int, typer.Argument(help="Which shard, from 0.")],
 ) -> tuple[dict[str, Any], int]:
     """Run one shard of a plan; a finished shard is not run again."""
+    if is_url(plan_dir):
+        raise UsageError(
+            f"run-shard works in a local folder, got {plan_dir}. Shards of a job on an object store are run by "
+            "`blendserve run` or by Airflow."
+        )
     with console.progress() as on_progress:
-        done = job.run_shard(plan_dir, shard, on_progress=on_progress)
+        done = job.run_shard(Path(plan_dir), shard, on_progress=on_progress)
     console.step("run_shard", done.model_dump(mode="json"))
     return done.model_dump(mode="json"), 0
 
 
 @app.command()
 @_reporting
-def merge(
-    console: Console, output: Annotated[Path, typer.Argument(metavar="DIR", help="The job's output folder.")]
-) -> tuple[dict[str, Any], int]:
+def merge(console: Console, output: Annotated[str, _JOB_FOLDER]) -> tuple[dict[str, Any], int]:
     """Put the completions of all shards and the input rows together: results, manifest, report, _SUCCESS."""
-    console.step("merge", job.merge(output))
-    job.report(output)
-    manifest = job.finish(output)
+    with working_copy(output) as root:
+        console.step("merge", job.merge(root) | {"path": f"{_place(output, root)}/results"})
+        job.report(root)
+        manifest = job.finish(root)
     console.finished(manifest)
     return manifest, 0
 
 
 @app.command()
 @_reporting
-def report(
-    console: Console, output: Annotated[Path, typer.Argument(metavar="DIR", help="The job's output folder.")]
-) -> tuple[dict[str, Any], int]:
+def report(console: Console, output: Annotated[str, _JOB_FOLDER]) -> tuple[dict[str, Any], int]:
     """Draw the HTML report of a job again."""
-    path = job.report(output)
-    console.say(str(path))
-    return {"report": str(path)}, 0
+    with working_copy(output) as root:
+        path = f"{_place(output, root)}/{job.report(root).name}"
+    console.say(path)
+    return {"report": path}, 0
 
 
 @app.command()
 @_reporting
 def show(
     console: Console,
-    output: Annotated[Path, typer.Argument(metavar="DIR", help="The job's output folder.")],
+    output: Annotated[str, _JOB_FOLDER],
     rows: Annotated[int, typer.Option("--rows", min=1, help="How many result rows.")] = 6,
 ) -> tuple[dict[str, Any], int]:
     """Show a finished job: some rows of the result, the plan beside what really happened, where the report is."""
-    finished = job.show(output, rows)
+    with working_copy(output, ("results/*",)) as root:
+        finished = job.show(root, rows)
     console.results(finished["rows"])
     console.step("plan", finished["manifest"]["plan"] | {"real_seconds": finished["real_seconds"]})
     console.finished(finished["manifest"])

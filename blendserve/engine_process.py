@@ -30,6 +30,7 @@ from blendserve.errors import (
     Interrupted,
     InUseError,
     PlanError,
+    StoreUnreachableError,
 )
 from blendserve.manifest import PlanManifest, ShardManifest, read_manifest
 
@@ -68,8 +69,9 @@ def run_shard_process(
     ended after 20 seconds is killed.
     `completions` is the folder or URL that the completions' folders lie in; by default what the plan says.
 
-    Raises Interrupted when stopped, InUseError when another process has the shard, PlanError for an unknown shard or
-    bad plan, EngineOutOfMemoryError or else EngineProcessError.
+    Raises Interrupted when stopped, InUseError when another process has the shard, StoreUnreachableError when an
+    object store doesn't answer, PlanError for an unknown shard or bad plan, EngineOutOfMemoryError or else
+    EngineProcessError.
     """
     done: list[ShardManifest] = []
     engine = _EngineProcess(plan_folder, on_done=done.append, on_progress=on_progress)
@@ -207,6 +209,8 @@ class _EngineProcess:
             return Interrupted(f"{what} was stopped. What is finished is kept; run again to go on.")
         if status == InUseError.exit_status:
             return InUseError(detail.splitlines()[-1])
+        if status == StoreUnreachableError.exit_status:
+            return StoreUnreachableError(detail.splitlines()[-1])
         if status == PlanError.exit_status:
             return PlanError(f"{what} can't run: {detail}")
         if status == -signal.SIGKILL or any(mark in detail for mark in _MEMORY_MARKS):

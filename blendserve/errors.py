@@ -42,6 +42,12 @@ class InUseError(BlendServeError):
     exit_status = 75
 
 
+class StoreUnreachableError(BlendServeError):
+    """An object store, or the way to it, is down or busy. Trying again later helps."""
+
+    exit_status = 69
+
+
 class PlanError(BlendServeError):
     """A plan or a shard can't be read or doesn't fit what is asked of it."""
 

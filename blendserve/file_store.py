@@ -6,12 +6,20 @@ file system that takes exclusive creation and rename, on an object store a condi
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from blendserve.errors import BlendServeError, OutputError, StoreUnreachableError
 from blendserve.manifest import replacing, sync
+
+_DOWN_OR_BUSY = (errno.EBUSY, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH)
+_THROTTLING_CODES = ("RequestLimitExceeded", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException")
 
 
 class FileStore(Protocol):
@@ -84,56 +92,103 @@ class LocalStore:
 
 
 class ObjectStore:
-    """A prefix of an object store that fsspec reaches, such as `s3://bucket/jobs/1`."""
+    """A prefix of an object store that fsspec reaches, such as `s3://bucket/jobs/1`.
+
+    Raises StoreUnreachableError and OutputError as `reaching` does.
+    """
 
     def __init__(self, url: str) -> None:
         import fsspec
 
+        self._url = url
         self._files: Any
-        self._files, self._root = fsspec.core.url_to_fs(url)
+        with reaching(url):
+            self._files, self._root = fsspec.core.url_to_fs(url)
 
     def names(self, prefix: str) -> list[str]:
         self._files.invalidate_cache()
         start = len(self._root) + 1
-        try:
-            found = self._files.find(f"{self._root}/{prefix}".rpartition("/")[0])
-        except FileNotFoundError:
-            return []
+        with reaching(self._url):
+            try:
+                found = self._files.find(f"{self._root}/{prefix}".rpartition("/")[0])
+            except FileNotFoundError:
+                return []
         return sorted(name[start:] for name in found if name[start:].startswith(prefix))
 
     def read(self, name: str) -> bytes | None:
-        try:
-            content: bytes = self._files.cat_file(f"{self._root}/{name}")
-        except FileNotFoundError:
-            return None
+        with reaching(self._url):
+            try:
+                content: bytes = self._files.cat_file(f"{self._root}/{name}")
+            except FileNotFoundError:
+                return None
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        self._files.pipe_file(f"{self._root}/{name}", content)
+        with reaching(self._url):
+            self._files.pipe_file(f"{self._root}/{name}", content)
 
     def create(self, name: str, content: bytes) -> bool:
-        try:
-            self._files.pipe_file(f"{self._root}/{name}", content, mode="create")
-        except (FileExistsError, OSError) as error:
-            if isinstance(error, FileExistsError) or "PreconditionFailed" in repr(error.__cause__ or error):
-                return False
-            raise
+        with reaching(self._url):
+            try:
+                self._files.pipe_file(f"{self._root}/{name}", content, mode="create")
+            except (FileExistsError, OSError) as error:
+                if isinstance(error, FileExistsError) or "PreconditionFailed" in repr(error.__cause__ or error):
+                    return False
+                raise
         return True
 
     def remove(self, name: str) -> None:
-        try:
-            self._files.rm_file(f"{self._root}/{name}")
-        except FileNotFoundError:
-            return
+        with reaching(self._url):
+            try:
+                self._files.rm_file(f"{self._root}/{name}")
+            except FileNotFoundError:
+                return
 
     def remove_unfinished(self) -> None:
         """There is nothing of the kind: an object appears when all of it was sent."""
 
 
+@contextmanager
+def reaching(place: str) -> Iterator[None]:
+    """Turn what fsspec raises about the URL `place` into StoreUnreachableError or, where it refuses, OutputError."""
+    try:
+        yield
+    except store_errors() as error:
+        refused = OutputError(
+            f"{place} can't be read or written: {error}. Check the address, and that this machine has the credentials."
+        )
+        raise store_error(place, error, refused) from error
+
+
+def store_error(place: str, error: Exception, refused: BlendServeError) -> BlendServeError:
+    """What to raise for an `error` of the store of `place`: StoreUnreachableError, or `refused` if it isn't that."""
+    if not _is_down_or_busy(error):
+        return refused
+    return StoreUnreachableError(
+        f"{place} doesn't answer: {error}. Try again later; if it stays so, check the address and the network."
+    )
+
+
 def store_errors() -> tuple[type[Exception], ...]:
     """What fsspec raises when a place can't be reached; botocore has errors of its own, where it is loaded."""
+    return (OSError, ValueError, ImportError, asyncio.TimeoutError, *_botocore_errors("BotoCoreError"))
+
+
+def _is_down_or_busy(error: BaseException | None) -> bool:
+    if error is None:
+        return False
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's, of a store that did answer
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status == 429 or status >= 500 or response.get("Error", {}).get("Code") in _THROTTLING_CODES
+    unreachable = _botocore_errors("HTTPClientError", "ConnectionError", "IncompleteReadError")
+    is_silent = isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError, *unreachable))
+    return is_silent or getattr(error, "errno", None) in _DOWN_OR_BUSY or _is_down_or_busy(error.__cause__)
+
+
+def _botocore_errors(*names: str) -> list[type[Exception]]:
     botocore = sys.modules.get("botocore.exceptions")
-    return (OSError, ValueError, ImportError, *([botocore.BotoCoreError] if botocore else []))
+    return [getattr(botocore, name) for name in names] if botocore else []
 
 
 def open_store(place: Path | str) -> FileStore:

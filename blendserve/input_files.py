@@ -16,7 +16,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from blendserve.errors import InputError
-from blendserve.file_store import store_errors
+from blendserve.file_store import store_error, store_errors
 
 _BATCH_ROWS = 4096
 _HASH_BYTES = 1 << 22
@@ -63,9 +63,8 @@ class InputFiles:
                 yield batch.slice(0, left)
                 left -= batch.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"Input {self.stated} can't be read to its end: {error}. A file is damaged; write it again."
-            ) from error
+            damaged = f"Input {self.stated} can't be read to its end: {error}. A file is damaged; write it again."
+            raise store_error(self.stated, error, InputError(damaged)) from error
 
 
 def open_input(stated: str) -> InputFiles:
@@ -77,7 +76,7 @@ def open_input(stated: str) -> InputFiles:
         filesystem, path = fsspec.core.url_to_fs(stated)
         paths = _list_paths(filesystem, path)
     except store_errors() as error:
-        raise InputError(f"Input {stated} can't be reached: {error}.") from error
+        raise store_error(stated, error, InputError(f"Input {stated} can't be reached: {error}.")) from error
     if not paths:
         raise InputError(
             f"Input {stated} names no Parquet file. Expected a file, a glob such as 'data/*.parquet', or a folder."
@@ -119,10 +118,11 @@ def _read_footer(filesystem: fsspec.AbstractFileSystem, name: str) -> tuple[pa.S
             parquet = pq.ParquetFile(file)
             return parquet.schema_arrow.remove_metadata(), parquet.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise InputError(
+        damaged = InputError(
             f"Input file {name} is no readable Parquet file: {error}. Expected a complete file; write it again, "
             "or leave it out by a narrower glob."
-        ) from error
+        )
+        raise store_error(name, error, damaged) from error
 
 
 def _describe(schema: pa.Schema) -> str:

@@ -175,10 +175,10 @@ def plan(root: Path, *, is_preview: bool = False) -> PlanManifest:
     if (folder.plan / "plan.json").is_file():
         return read_manifest(folder.plan / "plan.json", PlanManifest)
     with step(folder, "plan"):
-        made = make_plan(folder, record.spec, Path(record.model_folder))
-        if is_preview:
+        if is_preview:  # first, so that a crash leaves no preview that passes for a plan that knows the sample
+            folder.plan.mkdir(exist_ok=True)
             (folder.plan / _PREVIEW).touch()
-        return made
+        return make_plan(folder, record.spec, Path(record.model_folder))
 
 
 def run_shard(

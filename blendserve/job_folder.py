@@ -16,7 +16,7 @@ class JobFolder:
     job.json  manifest.json  report.html  results/part-*.parquet  _SUCCESS
     work/         what the steps hand to each other, one Parquet file a relation
     sample/       a plan of one shard: the requests that run first to learn output lengths
-    plan/         plan.json and shards/shard-*.parquet
+    plan/         plan.json and shards-<plan>/shard-*.parquet
     completions/  sample/ and shard-*/, each with part-*.parquet, metrics.parquet and shard.json
     leases/       which process has the job in hand; a shard's folder has one of its own
     """

@@ -21,9 +21,9 @@ from blendserve.file_store import open_store
 from blendserve.input_files import InputFiles
 from blendserve.job_folder import JobFolder
 from blendserve.lease import acquire_lease
-from blendserve.manifest import FrozenManifest, read_manifest, write_manifest
+from blendserve.manifest import FrozenManifest, read_json, read_manifest, write_manifest
 from blendserve.models.source import model_identity
-from blendserve.spec import JobSpec, SamplingSpec
+from blendserve.spec import JobSpec, RowErrorPolicy, SamplingSpec
 
 if TYPE_CHECKING:
     from blendserve.query import QueriedFiles
@@ -78,17 +78,19 @@ def read_record(folder: JobFolder) -> JobRecord:
 def claim(folder: JobFolder, record: JobRecord) -> None:
     """Make the folder this job's own, keeping what an earlier run of the same job did.
 
-    Raises OutputError when the folder can't be written, isn't ours, or holds another job and `force` is off.
+    Raises OutputError when the folder can't be written, isn't ours, or holds another job and `force` is off; or when
+    `force` is on and what it holds can't be removed.
     """
     check_claimable(folder, record)
     if record.spec.force:
         _discard(folder)
     elif folder.success.is_file():
+        _restate(folder, record.spec.on_row_error)
         return
     elif folder.job.is_file():
         earlier = read_record(folder).spec
         if _planning_options(earlier) != _planning_options(record.spec):
-            (folder.plan / "plan.json").unlink(missing_ok=True)  # finished rows stay; the rest is planned anew
+            _drop_plans(folder)
     with writing_to(folder.root):
         write_manifest(folder.job, record)
 
@@ -125,21 +127,45 @@ def _planning_options(spec: JobSpec) -> dict[str, Any]:
     return spec.model_dump(exclude={"input", "output", "force", "on_row_error"})
 
 
+def _restate(folder: JobFolder, on_row_error: RowErrorPolicy) -> None:
+    """Of a job that is done only what failed rows mean may still change: that decides how the next run of it ends."""
+    if read_record(folder).spec.on_row_error == on_row_error:
+        return
+    with writing_to(folder.root):
+        for path in (folder.job, folder.manifest):
+            content = read_json(path)
+            content["spec"]["on_row_error"] = on_row_error
+            write_manifest(path, content)
+
+
+def _drop_plans(folder: JobFolder) -> None:
+    """Let what is left to run be planned with the options of now; finished rows stay, and so does a finished sample."""
+    with writing_to(folder.root):
+        (folder.plan / "plan.json").unlink(missing_ok=True)
+        if not any(folder.completions.glob("sample/*/shard.json")):
+            (folder.sample / "plan.json").unlink(missing_ok=True)
+
+
 def _discard(folder: JobFolder) -> None:
-    for path in (folder.success, folder.manifest, folder.report):
-        path.unlink(missing_ok=True)
-    for path in (folder.results, folder.plan, folder.sample, folder.completions, folder.work):
-        shutil.rmtree(path, ignore_errors=True)
+    """Raises OutputError when something can't be removed: left there, it would pass as the new job's work."""
+    plans = (folder.plan / "plan.json", folder.sample / "plan.json")
+    with writing_to(folder.root):
+        for path in (folder.success, folder.manifest, folder.report, *plans):
+            path.unlink(missing_ok=True)
+        for path in (folder.results, folder.plan, folder.sample, folder.completions, folder.work):
+            if path.exists():
+                shutil.rmtree(path)
 
 
 @contextmanager
-def holding(folder: JobFolder, place: str | None = None) -> Iterator[None]:
+def holding(folder: JobFolder, place: str | None = None, *, wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold the job, so that two runs of it can't work in its folder, or at the URL `place`, at once.
 
-    Raises InUseError when another process holds it.
+    Raises InUseError when another process holds it, and still does after `wait_seconds`.
     """
+    what = f"Output folder {place or folder.root}"
     with writing_to(folder.root):
-        lease = acquire_lease(open_store(place or folder.root), f"Output folder {place or folder.root}")
+        lease = acquire_lease(open_store(place or folder.root), what, wait_seconds=wait_seconds)
     with lease:
         yield
 

@@ -20,12 +20,12 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import psutil
 
-from blendserve.errors import InUseError
+from blendserve.errors import BlendServeError, InUseError
 from blendserve.file_store import FileStore
 
 LEASE_SECONDS = float(os.environ.get("BLENDSERVE_LEASE_SECONDS", "60"))
@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The content of one claim. `machine` and `pid` are where its holder runs, `started` when that process began.
+    """The content of one claim. `machine` and `pid` are where its holder runs, `started` when that process began: in
+    clock ticks since the machine's start, which no setting of the clock moves; where there is no /proc, as psutil says.
 
     `files` is None until its holder has said what it takes over; until then nothing that it wrote counts.
     """
@@ -89,13 +90,13 @@ def _newest_written(store: FileStore, before: str | None = None) -> Claim | None
 
 
 def _decoded(content: bytes | None) -> Claim | None:
-    """None for a claim of which nothing or not all is written yet."""
+    """None for a claim of which nothing or not all is written yet. What other versions add to claims is left out."""
     try:
         values = json.loads(content or b"")
     except ValueError:
         return None
-    files = values.pop("files")
-    return Claim(**values, files=None if files is None else tuple(files))
+    known = {field.name: values[field.name] for field in fields(Claim) if field.name in values}
+    return Claim(**known | {"files": None if values["files"] is None else tuple(values["files"])})
 
 
 class Lease:
@@ -123,7 +124,7 @@ class Lease:
         try:
             self.check()
             self._rewrite(is_released=True)
-        except (InUseError, OSError) as error:
+        except (BlendServeError, OSError) as error:
             log.warning("The lease on %s ends by itself: %s", self._what, error)
 
     @property
@@ -178,7 +179,7 @@ class Lease:
                 self._rewrite(beat=self._claim.beat + 1)
             except InUseError:
                 return
-            except OSError as error:
+            except (BlendServeError, OSError) as error:
                 # The holder may go on: should the claim expire, `check` keeps it from publishing.
                 log.warning("The lease on %s can't be renewed: %s", self._what, error)
 
@@ -241,7 +242,7 @@ class _Watched:
 
 
 def _own_claim(token: int) -> Claim:
-    started = psutil.Process().create_time()
+    started = _started(psutil.Process())
     return Claim(token, f"{token:05d}-{uuid.uuid4().hex[:8]}", _machine(), os.getpid(), started)
 
 
@@ -257,10 +258,17 @@ def _runs_here(claim: Claim) -> bool:
         return False
     try:
         process = psutil.Process(claim.pid)
-        is_same = abs(process.create_time() - claim.started) < 1
+        is_same = abs(_started(process) - claim.started) < 1
         return bool(is_same and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return False
+
+
+def _started(process: psutil.Process) -> float:
+    if not Path("/proc/self/stat").is_file():
+        return float(process.create_time())
+    stat = Path(f"/proc/{process.pid}/stat").read_text()
+    return float(stat.rpartition(")")[2].split()[19])  # its field 22; the name, in brackets, may hold spaces
 
 
 def _machine() -> str:

@@ -106,9 +106,18 @@ def read_manifest(path: Path, kind: type[ManifestT]) -> ManifestT:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    """The JSON object in `path`. Raises PlanError when it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        found = type(content).__name__
+    except ValueError as error:
+        found = str(error)
+    raise PlanError(
+        f"{path} holds no JSON object: {found}. It was cut off or edited; remove it, with _SUCCESS where that is "
+        "there, and run the job again."
+    )
 
 
 def write_manifest(path: Path, manifest: BaseModel | dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def queried(files: InputFiles, sql: str) -> QueriedFiles:
                     f"Option 'sql': expected one select over the table `input`, got {len(statements)} statement(s) "
                     f"({', '.join(statement.type.name for statement in statements) or 'none'})."
                 )
-            schema = database.sql(sql).limit(0).to_arrow_table().schema
+            schema = database.sql(sql).select("*").limit(0).to_arrow_table().schema
         except duckdb.Error as error:
             raise UsageError(
                 f"Option 'sql': the query can't be used: {_first_line(error)}. It sees the table `input` with the "

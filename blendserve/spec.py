@@ -6,17 +6,19 @@ of `JobSpec` is where Airflow's form takes titles, descriptions, defaults and li
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from blendserve.errors import UsageError
 
 Policy = Literal["blend", "dfs", "fcfs", "random", "longest"]
 RowErrorPolicy = Literal["continue", "fail"]
 DEFAULT_MODEL = "smollm2"
+_LEAST_TEMPERATURE = 1e-5  # logits divided by less leave the range of float32
 CPU_NUM_SEQS, GPU_NUM_SEQS = 64, 1024  # requests that run at one time where the job states no number
 
 
@@ -25,17 +27,24 @@ class _Spec(BaseModel):
 
 
 class SamplingSpec(_Spec):
-    """How tokens are chosen and when a completion ends. `temperature` 0 is greedy."""
+    """How tokens are chosen and when a completion ends. `temperature` 0 is greedy, and so is one below 0.00001."""
 
     max_tokens: int = Field(256, ge=1, title="Max tokens", description="Longest completion, in tokens.")
-    temperature: float = Field(0.0, ge=0.0, le=10.0, title="Temperature", description="0 takes the likeliest token.")
+    temperature: float = Field(
+        0.0, ge=0.0, le=10.0, title="Temperature", description="0, or below 0.00001: the likeliest token."
+    )
     top_p: float = Field(
         1.0, gt=0.0, le=1.0, title="Top-p", description="Smallest set of tokens with this probability."
     )
-    top_k: int = Field(0, ge=0, title="Top-k", description="Only the k likeliest tokens; 0 takes all.")
+    top_k: int = Field(0, ge=0, lt=2**31, title="Top-k", description="Only the k likeliest tokens; 0 takes all.")
     seed: int = Field(0, ge=0, lt=2**63, title="Seed", description="Same seed, same request: same completion.")
     stop: tuple[str, ...] = Field((), title="Stop strings", description="A completion ends before the first of these.")
     ignore_eos: bool = Field(False, title="Ignore end of text", description="Always generate max_tokens tokens.")
+
+    @field_validator("temperature")
+    @classmethod
+    def _almost_greedy_is_greedy(cls, temperature: float) -> float:
+        return 0.0 if temperature < _LEAST_TEMPERATURE else temperature
 
     @model_validator(mode="after")
     def _stop_strings_are_not_empty(self) -> SamplingSpec:
@@ -165,6 +174,13 @@ class JobSpec(SamplingSpec, EngineSpec):
         False, title="Start over", description="Discard what the output folder holds of an earlier job."
     )
 
+    @field_validator("output")
+    @classmethod
+    def _local_output_is_a_path(cls, output: str) -> str:
+        """`~` is the home folder and `file:///x` the folder /x, as they are for the input."""
+        path = output.removeprefix("file://")
+        return path if "://" in path else os.path.expanduser(path)  # noqa: PTH111 - leaves the rest as it was stated
+
     @model_validator(mode="after")
     def _one_source_of_prompts(self) -> JobSpec:
         if self.template is not None and self.prompt_column is not None:
@@ -211,5 +227,6 @@ def describe_validation_error(error: ValidationError) -> str:
         elif problem["type"] == "missing":
             lines.append(f"Option '{option}' is missing. Give --{option.replace('_', '-')} or set it in the job file.")
         else:
-            lines.append(f"Option '{option}': {problem['msg']}; got {problem['input']!r}.")
+            got = f"; got {problem['input']!r}" if problem["loc"] else ""  # a whole job may hold what isn't for logs
+            lines.append(f"Option '{option}': {problem['msg']}{got}.")
     return "\n".join(lines)

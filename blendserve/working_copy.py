@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blendserve.errors import OutputError
-from blendserve.file_store import store_errors
+from blendserve.errors import BlendServeError
+from blendserve.file_store import reaching
 
 EVERYTHING = ("*",)
 _ALWAYS_READ = ("*.json",)
@@ -33,19 +33,24 @@ def working_copy(place: str, reads: Sequence[str] = EVERYTHING) -> Iterator[Path
     """The folder `place` itself where it is local; else a copy of the URL, published when the block ends, error or not.
 
     `reads`: patterns of the names whose content is needed; `*` matches `/` as well. JSON files always come along.
-    Raises OutputError when the object store can't be reached or written.
+    Errors that name the copy come out with `place` instead.
+    Raises StoreUnreachableError when the object store doesn't answer, OutputError when it refuses.
     """
     if not is_url(place):
         yield Path(place).absolute()
         return
     with tempfile.TemporaryDirectory(prefix="blendserve-") as folder:
-        with _reporting(place):
+        with reaching(place):
             copy = _Copy(place, Path(folder))
             copy.stage((*reads, *_ALWAYS_READ))
         try:
             yield copy.root
+        except BlendServeError as error:
+            if not isinstance(error.__cause__, OSError):  # which would be this machine's: a full disk
+                error.args = (str(error).replace(str(copy.root), place.rstrip("/")),)
+            raise
         finally:
-            with _reporting(place):
+            with reaching(place):
                 copy.publish()
 
 
@@ -96,13 +101,3 @@ def _rank(name: str) -> tuple[int, str]:
         return -1, name
     last = name.rpartition("/")[2]
     return (_LAST.index(last) + 1 if last in _LAST else 0), name
-
-
-@contextmanager
-def _reporting(place: str) -> Iterator[None]:
-    try:
-        yield
-    except store_errors() as error:
-        raise OutputError(
-            f"{place} can't be read or written: {error}. Check the address, and that this machine has the credentials."
-        ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,6 +96,8 @@ class FolderOperator(BlendServeOperator):
     template_fields: Sequence[str] = ("root", *BlendServeOperator.template_fields)
     # Which of the folder's files the step reads, when they have to be fetched: patterns, `*` matches `/` too.
     reads: ClassVar[tuple[str, ...]] = ("*",)
+    # Whether other steps and runs are kept out of the folder meanwhile, whose files would else get among this one's.
+    is_alone: ClassVar[bool] = True
 
     def __init__(self, *, root: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -103,11 +106,23 @@ class FolderOperator(BlendServeOperator):
     def run_step(self, context: Context) -> Any:
         from blendserve.working_copy import working_copy
 
-        with working_copy(self.root, self.reads) as root:
+        with held(self.root) if self.is_alone else nullcontext(), working_copy(self.root, self.reads) as root:
             return self.run_in(root, context)
 
     def run_in(self, root: Path, context: Context) -> Any:
         raise NotImplementedError
+
+
+def held(place: str) -> AbstractContextManager[None]:
+    """Keep other steps and other runs out of the job's folder at `place`; one that is being stopped is waited for.
+
+    Raises InUseError when another one goes on.
+    """
+    from blendserve.engine.shard_folder import STOP_SECONDS
+    from blendserve.job_folder import JobFolder
+    from blendserve.job_record import holding
+
+    return holding(JobFolder(Path(place)), place, wait_seconds=STOP_SECONDS)
 
 
 class ProgressWriter:

@@ -22,7 +22,10 @@ def job_lineage(manifest: dict[str, Any], results: str) -> OperatorLineage:
     from blendserve.schemas import RESULT_COLUMNS
 
     counts = manifest["counts"]
-    columns = [facet.SchemaDatasetFacetFields(name=field.name, type=str(field.type)) for field in RESULT_COLUMNS]
+    types: dict[str, str | None] = {field.name: str(field.type) for field in RESULT_COLUMNS}
+    if manifest["spec"].get("id_column") in (None, "request_id"):
+        types["request_id"] = None  # it may be the input's own column, which keeps its type
+    columns = [facet.SchemaDatasetFacetFields(name=name, type=kind) for name, kind in types.items()]
     input_dataset = facet.InputDataset(*dataset_name(manifest["spec"]["input"]))
     output_dataset = facet.OutputDataset(
         *dataset_name(results),

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from airflow.sdk import Asset, Context, conf
 from airflow.sdk.exceptions import AirflowFailException
 
-from blendserve.airflow.base import EngineOperator, FolderOperator, JobOptionsOperator, ProgressWriter
+from blendserve.airflow.base import EngineOperator, FolderOperator, JobOptionsOperator, ProgressWriter, held
 from blendserve.errors import ReconciliationError, UsageError
 
 RUN_FOLDER_KEY = "blendserve_output"
@@ -59,7 +59,7 @@ class ExtractOperator(JobOptionsOperator):
         from blendserve.working_copy import working_copy
 
         spec = self.job_spec(context)
-        with working_copy(spec.output, ["work/requests.parquet"]) as root:
+        with held(spec.output), working_copy(spec.output, ["work/requests.parquet"]) as root:
             return self.logged({**job.extract(spec, root), "root": spec.output})
 
 
@@ -174,6 +174,7 @@ class MergeOperator(FolderOperator):
     """Write the results: every input row exactly once. Rows of shards that failed come out with an error."""
 
     reads = ("work/*", "completions/*")
+    is_alone = False
 
     def run_in(self, root: Path, context: Context) -> dict[str, Any]:
         from blendserve import job
@@ -191,6 +192,8 @@ class MergeOperator(FolderOperator):
 
 class ReportOperator(FolderOperator):
     """Write the HTML report."""
+
+    is_alone = False
 
     def run_in(self, root: Path, context: Context) -> str:
         from blendserve import job

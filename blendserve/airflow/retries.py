@@ -1,4 +1,5 @@
-"""Which failures are worth another attempt: lost memory and a shard in other hands are, a wrong setting isn't."""
+"""Which failures are worth another attempt: lost memory, a shard in other hands and a store that doesn't answer are, a
+wrong setting isn't."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from blendserve.errors import (
     ModelError,
     OutputError,
     PlanError,
+    StoreUnreachableError,
     UsageError,
 )
 from blendserve.lease import LEASE_SECONDS
@@ -30,10 +32,15 @@ RETRY_POLICY = ExceptionRetryPolicy(
             reason="Memory ran out, perhaps because of others on the machine; finished rows are kept.",
         ),
         RetryRule(
+            exception=StoreUnreachableError,
+            action=RetryAction.RETRY,
+            reason="The object store, or the way to it, was down or busy; finished rows are kept.",
+        ),
+        RetryRule(
             exception=InUseError,
             action=RetryAction.RETRY,
             retry_delay=timedelta(seconds=LEASE_SECONDS),
-            reason="Another process has the shard; once it ends or its lease runs out, this one goes on.",
+            reason="Another process has the job or the shard; once it ends or its lease runs out, this one goes on.",
         ),
     ]
 )

@@ -131,7 +131,7 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
             ).expand(shard=plan.output)
             merge = MergeOperator(task_id="merge", root=root, trigger_rule="all_done_min_one_success")
             report = ReportOperator(task_id="report", root=root)
-            gate = GateOperator(task_id="gate", root=root, results_asset=results_asset, retries=0)
+            gate = GateOperator(task_id="gate", root=root, results_asset=results_asset)
             prepared >> sample >> plan >> run_shard >> merge >> report >> gate
             plan >> merge  # so that merge waits for a plan that worked, not for shards that worked
             run_shard >> gate  # so that clearing what failed makes gate wait for the shards that run again

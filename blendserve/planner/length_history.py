@@ -57,10 +57,13 @@ def history_file(folder: JobFolder) -> Path | None:
 def recall(database: duckdb.DuckDBPyConnection, folder: JobFolder, states: RequestStates) -> RememberedLengths | None:
     """What earlier runs say of the requests in `states`, or None where there were none."""
     history = history_file(folder)
-    if history is None or not history.is_file() or states.num_requests == 0:
+    if history is None or states.num_requests == 0:
+        return None
+    earlier_runs = _read_history(history)
+    if earlier_runs is None:
         return None
     tables = {
-        "earlier_runs": pq.read_table(history),
+        "earlier_runs": earlier_runs,
         "request_classes": _classes(database, folder, states.shared_prefix_tokens),
     }
     found = compute(database, "remembered_lengths", tables=tables)
@@ -84,7 +87,7 @@ def remember(folder: JobFolder) -> None:
             tables = {
                 "completed_requests": read_completed(database, folder),
                 "request_classes": _classes(database, folder, shared),
-                "earlier_runs": pq.read_table(history) if history.is_file() else OUTPUT_LENGTH_HISTORY.empty_table(),
+                "earlier_runs": _read_history(history) or OUTPUT_LENGTH_HISTORY.empty_table(),
             }
             parameters = {
                 "remembered": _REMEMBERED,
@@ -95,6 +98,17 @@ def remember(folder: JobFolder) -> None:
         write_relation(history, table, OUTPUT_LENGTH_HISTORY)
     except OSError as error:
         log.warning("Output lengths are not remembered for the next run: %s can't be written: %s", history, error)
+
+
+def _read_history(history: Path) -> pa.Table | None:
+    """None where there is none; a damaged one is logged and counts as none, so that the next run writes it anew."""
+    if not history.is_file():
+        return None
+    try:
+        return pq.read_table(history).select(OUTPUT_LENGTH_HISTORY.names).cast(OUTPUT_LENGTH_HISTORY)
+    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+        log.warning("Output lengths of earlier runs are not used: %s can't be read: %s", history, error)
+        return None
 
 
 def _classes(

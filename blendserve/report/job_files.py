@@ -5,7 +5,6 @@ Everything but the job's own record may be missing: a report can be asked for at
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from blendserve.file_store import LocalStore
 from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, read_record
 from blendserve.lease import counted_files
-from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan, StepCosts, read_manifest
+from blendserve.manifest import PlanManifest, ShardManifest, ShardPlan, StepCosts, read_json, read_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +109,4 @@ def _read_done(path: Path, plan_id: str) -> ShardManifest | None:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    return read_json(path) if path.is_file() else None

@@ -35,7 +35,21 @@ def test_what_the_images_are_built_from_is_pinned() -> None:
     lines = (DOCKER / "Dockerfile").read_text().splitlines()
     bases = [line.split()[1] for line in lines if line.startswith("FROM")]
     assert bases == ["python:3.11.14-slim-bookworm", "base", "base"]
-    assert "USER 50000" in lines, "no part runs as root"
+
+
+@pytest.mark.parametrize("stage", ["airflow", "gpu-worker"])
+def test_no_image_runs_as_root(stage: str) -> None:
+    _, _, text = (DOCKER / "Dockerfile").read_text().partition(f" AS {stage}\n")
+    text, _, _ = text.partition("\nFROM ")
+    assert re.findall(r"^USER (\S+)$", text, re.MULTILINE)[-1:] == ["50000"]
+
+
+def test_set_up_alone_begins_as_root_and_gives_it_up() -> None:
+    """It gives the volumes to the user of all other parts; what Airflow does runs as that user."""
+    assert {name: service["user"] for name, service in SERVICES.items() if "user" in service} == {"set-up": "0:0"}
+    (script,) = SERVICES["set-up"]["command"]
+    as_root, drop, _ = script.partition("exec setpriv --reuid=airflow ")
+    assert drop and as_root.splitlines() == ["set -e", "chown -R airflow:0 /data /models /opt/airflow/logs"]
 
 
 @pytest.mark.parametrize("name", SERVICES)

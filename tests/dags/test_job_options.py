@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +127,13 @@ def test_passwords_do_not_belong_into_the_form(data_folder: Path, value: str) ->
     with pytest.raises(UsageError, match="Option 'input' holds a password or token") as caught:
         from_form(input=value)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_demo_takes_a_folder_outside_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = ["make", "--dry-run", "demo", f"OUT={tmp_path}"]
+    printed = subprocess.run(make, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout
+    (words,) = [shlex.split(line) for line in printed.splitlines() if "standalone run" in line]
+    for word in words[: words.index(".venv/bin/python")]:
+        monkeypatch.setenv(*word.split("=", 1))
+    assert job_spec({}, json.loads(words[-1]), "run").output == f"{tmp_path}/demo/job"

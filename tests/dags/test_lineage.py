@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from openlineage.client.serde import Serde
 
-from blendserve.airflow.lineage import dataset_name
+from blendserve.airflow.lineage import dataset_name, job_lineage
 from blendserve.airflow.operators import MergeOperator
 
 MANIFEST = {
@@ -30,6 +30,14 @@ def test_job_reports_input_and_results(tmp_path: Path) -> None:
     assert written.outputFacets["outputStatistics"].rowCount == 7
     facet = Serde.to_dict(lineage.run_facets["blendserve"])
     assert (facet["model"], facet["counts"]["failed"]) == ("smollm2", 1)
+
+
+@pytest.mark.parametrize(("id_column", "kind"), [("review_id", "string"), ("request_id", None), (None, None)])
+def test_type_of_the_inputs_own_request_id_is_not_guessed(id_column: str | None, kind: str | None) -> None:
+    manifest = {**MANIFEST, "spec": {**MANIFEST["spec"], "id_column": id_column}}
+    (written,) = job_lineage(manifest, "/out/results").outputs
+    types = {field.name: field.type for field in written.facets["schema"].fields}
+    assert (types["request_id"], types["completion"]) == (kind, "string")
 
 
 def test_job_that_was_not_merged_reports_nothing(tmp_path: Path) -> None:

@@ -15,14 +15,17 @@ from airflow.sdk._shared.secrets_masker import redact
 from airflow.sdk.exceptions import AirflowFailException
 
 from blendserve import job
+from blendserve.airflow.base import BlendServeOperator
 from blendserve.airflow.job_options import job_spec
 from blendserve.airflow.operators import (
+    ExtractOperator,
     GateOperator,
     PlannedShard,
     PlanOperator,
     PreflightOperator,
     RunShardOperator,
     SampleOperator,
+    TokenizeOperator,
 )
 from blendserve.airflow.task_group import BlendServeBatch
 from blendserve.errors import (
@@ -33,8 +36,11 @@ from blendserve.errors import (
     InUseError,
     ModelError,
     ReconciliationError,
+    StoreUnreachableError,
     UsageError,
 )
+from blendserve.job_folder import JobFolder
+from blendserve.job_record import holding
 
 
 class StateStore(dict[str, Any]):
@@ -151,6 +157,7 @@ def test_passwords_in_urls_are_hidden_in_rendered_fields(context: dict[str, Any]
     [
         (EngineOutOfMemoryError("CUDA out of memory"), RetryAction.RETRY),
         (InUseError("in use"), RetryAction.RETRY),
+        (StoreUnreachableError("s3://bucket doesn't answer"), RetryAction.RETRY),
         (EngineProcessError("a bug"), RetryAction.DEFAULT),
         (Interrupted("stopped"), RetryAction.DEFAULT),
         (ModelError("no such model"), RetryAction.FAIL),
@@ -197,6 +204,12 @@ def test_only_tasks_that_run_the_engine_get_the_executors_pod() -> None:
         if (task.executor, task.executor_config) == ("KubernetesExecutor", pod)
     ] == ["blendserve.sample", "blendserve.run_shard"]
     assert dag.get_task("blendserve.plan").executor is None
+
+
+def test_every_task_of_a_batch_is_tried_again() -> None:
+    with DAG("own", schedule=None) as dag:
+        BlendServeBatch(input="/in", output="/out", retries=3)
+    assert {task.retries for task in dag.tasks} == {3}
 
 
 def test_nothing_left_to_run_is_a_success(context: dict[str, Any]) -> None:
@@ -252,3 +265,20 @@ def test_gate_fails_when_rows_are_missing(context: dict[str, Any], monkeypatch: 
     monkeypatch.setattr(job, "merge", fail)
     with pytest.raises(ReconciliationError):
         GateOperator(task_id="gate", root="/job").execute(context)
+
+
+@pytest.mark.parametrize("step", ["extract", "tokenize"])
+def test_a_step_keeps_out_of_a_folder_that_another_run_has_in_hand(
+    context: dict[str, Any], workspace: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Two runs with one output: a step of the one would else leave its files among those of the other."""
+    monkeypatch.setattr("blendserve.engine.shard_folder.STOP_SECONDS", 0.0)
+    monkeypatch.setenv("AIRFLOW__BLENDSERVE__ALLOWED_PATHS", f"{workspace},{tiny_model}")
+    context["params"]["model"] = str(tiny_model)
+    root = f"{workspace}/out/run-1"
+    steps: dict[str, BlendServeOperator] = {
+        "extract": ExtractOperator(task_id="extract", use_params=True),
+        "tokenize": TokenizeOperator(task_id="tokenize", root=root),
+    }
+    with holding(JobFolder(Path(root))), pytest.raises(InUseError, match=f"Output folder {root} is in use"):
+        steps[step].execute(context)

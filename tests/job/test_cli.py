@@ -52,6 +52,20 @@ def test_exit_statuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: E
     assert json.loads(done.stdout.splitlines()[-1])["exit_status"] == status
 
 
+@pytest.mark.parametrize("content", ["", '{"counts": ', "[]"])
+def test_a_broken_manifest_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    done = call("show", tmp_path, "--json")
+    assert done.exit_code == 2
+    assert "manifest.json holds no JSON object" in json.loads(done.stdout.splitlines()[-1])["error"]
+
+
+def test_a_shard_on_an_object_store_is_refused_by_name() -> None:
+    done = call("run-shard", "s3://bucket/job", 0)
+    assert done.exit_code == 2
+    assert "got s3://bucket/job" in done.stderr
+
+
 def test_repeated_stop_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[JobSpec] = []
 

@@ -10,7 +10,14 @@ import pytest
 
 from blendserve import engine_process
 from blendserve.engine_process import Progress, run_shard_process, run_shards_process
-from blendserve.errors import BlendServeError, EngineOutOfMemoryError, EngineProcessError, InUseError, PlanError
+from blendserve.errors import (
+    BlendServeError,
+    EngineOutOfMemoryError,
+    EngineProcessError,
+    InUseError,
+    PlanError,
+    StoreUnreachableError,
+)
 from blendserve.errors import Interrupted as Stopped
 from blendserve.manifest import PlanManifest, ShardManifest, write_manifest
 from blendserve.spec import EngineSpec, SamplingSpec
@@ -122,6 +129,7 @@ def test_no_shards_at_all(plan: Path) -> None:
         ("sys.exit(0)", EngineProcessError, "Shard 1 of .* ended with status 0(.|\n)*it wrote nothing"),
         ("print('no file', file=sys.stderr); sys.exit(2)", PlanError, "^Shard 1 can't run: no file$"),
         ("print('x is in use', file=sys.stderr); sys.exit(75)", InUseError, "^x is in use$"),
+        ("print('s3 is silent', file=sys.stderr); sys.exit(69)", StoreUnreachableError, "^s3 is silent$"),
         ("sys.exit(130)", Stopped, "^Shard 1 was stopped"),
     ],
 )

@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from blendserve import job
 from blendserve.errors import InUseError, OutputError
 from blendserve.input_files import open_input
 from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, claim, holding, read_record, writing_to
+from blendserve.manifest import read_json, write_manifest
 from blendserve.spec import load_job
 
 
@@ -91,6 +93,56 @@ def test_force_discards_the_earlier_job(folder: JobFolder, make_record: Any) -> 
     assert not folder.completions.exists()
     assert not folder.success.exists()
     assert read_record(folder).spec.max_tokens == 3
+
+
+def test_force_that_can_not_discard_leaves_the_earlier_job(folder: JobFolder, make_record: Any, tmp_path: Path) -> None:
+    """What stays behind would pass as the new job's work."""
+    claim(folder, make_record())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.work.symlink_to(elsewhere)  # which can't be removed as a folder, even by root
+    with pytest.raises(OutputError, match="can't be written"):
+        claim(folder, make_record(max_tokens=3, force=True))
+    assert read_record(folder).spec.max_tokens != 3
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_sample_is_planned_anew_unless_it_is_finished(folder: JobFolder, make_record: Any, is_finished: bool) -> None:
+    claim(folder, make_record())
+    for path in (folder.sample / "plan.json", folder.completions / "sample/shard-00000/shard.json"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    if not is_finished:
+        path.unlink()
+    claim(folder, make_record(max_num_seqs=2))
+    assert (folder.sample / "plan.json").is_file() == is_finished
+
+
+def test_a_preview_cut_off_right_after_its_plan_makes_way_for_the_sample(
+    folder: JobFolder, make_record: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_plan_and_die(folder: JobFolder, *_: object) -> None:
+        folder.plan.mkdir(exist_ok=True)
+        (folder.plan / "plan.json").touch()
+        raise KeyboardInterrupt
+
+    claim(folder, make_record())
+    monkeypatch.setattr("blendserve.planner.plan.make_plan", write_plan_and_die)
+    monkeypatch.setattr(job, "choose_sample", lambda _root: {"num_requests": 0})
+    with pytest.raises(KeyboardInterrupt):
+        job.plan(folder.root, is_preview=True)
+    assert job.run_sample(folder.root) == {"num_requests": 0}, "not skipped"
+
+
+def test_what_failed_rows_mean_may_change_after_the_end(folder: JobFolder, make_record: Any) -> None:
+    record = make_record(on_row_error="fail")
+    claim(folder, record)
+    write_manifest(folder.manifest, {"status": "done", "spec": record.spec.model_dump(mode="json")})
+    folder.success.touch()
+    claim(folder, make_record(on_row_error="continue", policy="dfs"))
+    for path in (folder.job, folder.manifest):
+        spec = read_json(path)["spec"]
+        assert (spec["on_row_error"], spec["policy"]) == ("continue", "blend"), "all else is how the job was run"
 
 
 @pytest.mark.parametrize("force", [False, True])

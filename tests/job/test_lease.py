@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from blendserve import lease
@@ -85,6 +86,25 @@ def test_who_waits_for_nothing_leaves_a_silent_holder_alone(store: LocalStore, n
             acquire_lease(store, "Shard 0", wait_seconds=None)
     with acquire_lease(store, "Shard 0", wait_seconds=None):
         pass
+
+
+def test_setting_the_clock_takes_no_lease_away(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, no_heartbeat: None
+) -> None:
+    """When a process began is told by the clock, unless it is told in ticks since the machine's start."""
+    real = psutil.Process.create_time
+    with acquire(store):
+        monkeypatch.setattr(psutil.Process, "create_time", lambda process: real(process) + 2)
+        with pytest.raises(InUseError):
+            acquire(store, wait_seconds=0)
+
+
+def test_a_claim_of_a_later_version_can_be_read(store: LocalStore, no_heartbeat: None) -> None:
+    with acquire(store):
+        claim = json.loads(store.read("leases/00001.json") or b"")
+        store.write("leases/00001.json", json.dumps(claim | {"color": "blue"}).encode())
+        with pytest.raises(InUseError):
+            acquire(store, wait_seconds=0)
 
 
 def test_a_silent_holder_of_another_machine_is_taken_over_from(store: LocalStore, no_heartbeat: None) -> None:

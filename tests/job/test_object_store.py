@@ -14,11 +14,17 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError
+from s3fs.errors import translate_boto_error
+from typer.testing import CliRunner
 
-from blendserve import job, lease
-from blendserve.errors import InputError, InUseError, OutputError
-from blendserve.file_store import FileStore, open_store
+from blendserve import cli, job, lease
+from blendserve.engine.shard_folder import ShardFolder
+from blendserve.errors import InputError, InUseError, OutputError, StoreUnreachableError
+from blendserve.file_store import FileStore, open_store, reaching
 from blendserve.input_files import open_input
+from blendserve.job_folder import JobFolder
+from blendserve.job_record import read_record
 from blendserve.lease import acquire_lease, counted_files
 from blendserve.spec import JobSpec
 from blendserve.working_copy import working_copy
@@ -94,9 +100,20 @@ def spec(bucket: str, tiny_model: Path) -> Iterator[JobSpec]:
     )
 
 
+def call(*arguments: str) -> dict[str, Any]:
+    """The command's last line."""
+    done = CliRunner().invoke(cli.app, [*arguments, "--json"])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
 def test_whole_job_from_object_store_to_object_store(spec: JobSpec, bucket: str) -> None:
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in spec.model_dump(exclude_unset=True).items()]
+    assert call("plan", *options)["plan_dir"] == f"{spec.output}/plan"
     manifest = job.run(spec)
     assert manifest["counts"]["succeeded"] == 12
+    for command in ("merge", "report", "show"):
+        assert call(command, spec.output)["exit_status"] == 0
     results = pq.read_table(f"{bucket.removeprefix('s3://')}/out/results", filesystem=fsspec.filesystem("s3"))
     assert results["id"].to_pylist() == [f"row-{n}" for n in range(12)]
     assert results["day"].to_pylist() == [1] * 12
@@ -200,10 +217,73 @@ def test_what_was_done_before_an_error_is_published(bucket: str) -> None:
     assert names(bucket) == ["job/kept"]
 
 
+def test_errors_name_the_url(bucket: str) -> None:
+    with pytest.raises(OutputError, match=f"^{bucket}/job holds no job"), working_copy(f"{bucket}/job") as root:
+        read_record(JobFolder(root))
+
+
 def test_unreachable_store_is_an_output_error(bucket: str) -> None:
     message = "s3://no-such-bucket/job can't be read or written"
     with pytest.raises(OutputError, match=message), working_copy("s3://no-such-bucket/job") as root:
         (root / "x").write_text("x")
+
+
+@pytest.fixture
+def silent_store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A URL of a store where nobody listens."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    fsspec.filesystem("s3").clear_instance_cache()
+    return "s3://bucket/job"
+
+
+def test_a_silent_store_may_answer_later(silent_store: str) -> None:
+    message = f"{silent_store} doesn't answer: .*Try again later"
+    with pytest.raises(StoreUnreachableError, match=message), working_copy(silent_store):
+        pass
+    with pytest.raises(StoreUnreachableError, match=message):
+        open_input(silent_store)
+    with pytest.raises(StoreUnreachableError, match=message), ShardFolder(silent_store).locked():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "is_retried"),
+    [
+        ("SlowDown", 503, True),
+        ("InternalError", 500, True),
+        ("TooManyRequests", 429, True),
+        ("RequestTimeout", 400, True),
+        ("NoSuchBucket", 404, False),
+        ("AccessDenied", 403, False),
+        ("PreconditionFailed", 412, False),
+    ],
+)
+def test_an_answer_that_says_come_back_later(code: str, status: int, is_retried: bool) -> None:
+    response = {"Error": {"Code": code, "Message": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    kind = StoreUnreachableError if is_retried else OutputError
+    with pytest.raises(kind), reaching("s3://bucket/job"):
+        raise translate_boto_error(ClientError(response, "PutObject"))
+
+
+def test_a_holder_outlives_a_store_that_is_gone_for_a_while(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 30.0)
+    monkeypatch.setattr(lease, "_BEATS_A_LEASE", 3000)
+    store = open_store(f"{bucket}/folder")
+    num_errors = 0
+
+    def fail(_name: str) -> bytes:
+        nonlocal num_errors
+        num_errors += 1
+        raise EndpointConnectionError(endpoint_url=bucket)
+
+    with acquire_lease(store, "Shard 0") as held:
+        with monkeypatch.context() as gone:
+            gone.setattr(fsspec.filesystem("s3"), "cat_file", fail)
+            while num_errors < 2 and held._thread.is_alive():
+                time.sleep(0.01)
+        assert held._thread.is_alive(), "the heartbeat goes on"
+        held.check()
 
 
 def test_missing_credentials_are_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
         ({"max_tokens": 0}, "Option 'max_tokens': .*greater than or equal to 1; got 0"),
         ({"temperature": -1}, "Option 'temperature'"),
         ({"top_p": 0}, "Option 'top_p'"),
+        ({"top_k": 2**31}, "Option 'top_k'"),
         ({"policy": "best"}, "Option 'policy': .*'blend', 'dfs'"),
         ({"stop": [""]}, "empty stop string"),
         ({"template": "{{ a }}", "prompt_column": "a"}, "exclude each other"),
@@ -34,6 +35,31 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
 def test_mistakes_are_named(stated: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_job(None, {**REQUIRED, **stated})
+
+
+def test_a_mistake_of_the_whole_job_shows_none_of_its_values() -> None:
+    with pytest.raises(UsageError, match="exclude each other") as caught:
+        load_job(None, {**REQUIRED, "input": "s3://me:hunter2@bucket", "template": "{{ a }}", "prompt_column": "a"})
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("stated", "temperature"), [(0, 0.0), (1e-37, 0.0), (9e-6, 0.0), (1e-5, 1e-5), (0.7, 0.7)])
+def test_almost_greedy_is_greedy(stated: float, temperature: float) -> None:
+    assert load_job(None, {**REQUIRED, "temperature": stated}).temperature == temperature
+
+
+@pytest.mark.parametrize(
+    ("stated", "output"),
+    [
+        ("~/out", "/home/me/out"),
+        ("file:///data/out", "/data/out"),
+        ("s3://bucket/~/out", "s3://bucket/~/out"),
+        ("./out/", "./out/"),
+    ],
+)
+def test_where_a_local_output_lies(monkeypatch: pytest.MonkeyPatch, stated: str, output: str) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_job(None, {**REQUIRED, "output": stated}).output == output
 
 
 def test_required_options_are_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -72,6 +73,21 @@ def test_a_history_that_cannot_be_written_fails_no_job(tmp_path, caplog):
     (tmp_path / "runs/.blendserve").write_text("a file where the folder should be")
     finish(folder)
     assert "not remembered" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 cut off", "a table of something else"])
+def test_a_damaged_history_stops_no_job_and_is_written_anew(tmp_path, caplog, content):
+    first = make_job(tmp_path / "runs/1")
+    history = history_file(first)
+    history.parent.mkdir()
+    if isinstance(content, bytes):
+        history.write_bytes(content)
+    else:
+        pq.write_table(pa.table({"something": [content]}), history)
+    assert write_sample_plan(first, make_spec(first), write_model(tmp_path / "model")) > 0
+    assert "are not used" in caplog.text
+    finish(first)
+    assert pq.read_table(history).num_rows > 0
 
 
 def test_nothing_is_remembered_beside_a_url(tmp_path):
