@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -19,6 +20,7 @@ from blendserve.errors import InputError, UsageError
 from blendserve.input_files import InputFiles
 from blendserve.job_folder import JobFolder
 from blendserve.manifest import replacing
+from blendserve.planner.database import compute, open_database
 from blendserve.schemas import REQUESTS, RESULT_COLUMNS
 from blendserve.spec import JobSpec
 
@@ -248,16 +250,21 @@ def _render_row(template: jinja2.Template, values: Row) -> Row:
 def extract_requests(spec: JobSpec, files: InputFiles | QueriedFiles, folder: JobFolder) -> dict[str, int]:
     """Write `input_rows` (the input as it is, or what the job's query makes of it) and `requests`.
 
-    Returns how many rows there are and how many fail.
+    Returns how many rows there are and how many fail. Raises InputError when two rows have the same id.
     """
-    reader = RequestReader.of(spec, files.schema)
-    num_rows, num_errors = 0, 0
     with (
         replacing(folder.relation("input_rows")) as rows_path,
         replacing(folder.relation("requests")) as requests_path,
-        pq.ParquetWriter(rows_path, files.schema) as rows,
-        pq.ParquetWriter(requests_path, REQUESTS) as requests,
     ):
+        counts = _write(spec, files, rows_path, requests_path)
+        _check_ids_are_unique(requests_path)  # before the files have their names, or they would count as extracted
+    return counts
+
+
+def _write(spec: JobSpec, files: InputFiles | QueriedFiles, rows_path: Path, requests_path: Path) -> dict[str, int]:
+    reader = RequestReader.of(spec, files.schema)
+    num_rows, num_errors = 0, 0
+    with pq.ParquetWriter(rows_path, files.schema) as rows, pq.ParquetWriter(requests_path, REQUESTS) as requests:
         for batch in files.batches(spec.limit):
             made = reader.read(batch, num_rows)
             rows.write_batch(batch)
@@ -265,3 +272,17 @@ def extract_requests(spec: JobSpec, files: InputFiles | QueriedFiles, folder: Jo
             num_rows += batch.num_rows
             num_errors += len(made) - made.column("error").null_count
     return {"num_rows": num_rows, "num_row_errors": num_errors}
+
+
+def _check_ids_are_unique(requests: Path) -> None:
+    with open_database(requests.parent) as connection:
+        parameters = {"requests": str(requests)}
+        repeated = compute(connection, "duplicate_request_ids", parameters=parameters).to_pylist()
+    if repeated:
+        shown = ", ".join(
+            f"{row['request_id']!r} (rows {row['first_row_index']} and {row['last_row_index']})" for row in repeated
+        )
+        raise InputError(
+            f"Request ids are not unique: {shown}. Each row needs an id of its own: fix the input, choose another "
+            "--id-column, or leave it out to number the rows."
+        )

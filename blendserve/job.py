@@ -26,7 +26,7 @@ from blendserve.gpus import check_gpus, run_shards
 from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, claim, holding, read_record, versions, writing_to
 from blendserve.manifest import PlanManifest, ShardManifest, read_json, read_manifest, replacing, write_manifest
-from blendserve.merge import check_ids_are_unique, merge_results
+from blendserve.merge import merge_results
 from blendserve.preflight import ExaminedJob, examine
 from blendserve.spec import JobSpec
 from blendserve.step import step, timings
@@ -268,7 +268,6 @@ def _extract(examined: ExaminedJob) -> dict[str, Any]:
     with step(folder, "extract", "input_rows", "requests") as is_done:
         if not is_done:
             extract_requests(examined.record.spec, examined.files, folder)
-            check_ids_are_unique(folder)
     return {"root": str(folder.root), "num_rows": _num_rows(folder, "requests")}
 
 

@@ -15,9 +15,9 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 import blendserve_sql
-from blendserve.errors import InputError, ReconciliationError
+from blendserve.errors import ReconciliationError
 from blendserve.job_folder import JobFolder
-from blendserve.planner.database import compute, open_database
+from blendserve.planner.database import open_database
 from blendserve.schemas import COMPLETIONS, RESULT_COLUMNS
 
 _BATCH_ROWS = 8192
@@ -37,21 +37,6 @@ class MergedResults:
 
     counts: dict[str, int]
     tokens: dict[str, int]
-
-
-def check_ids_are_unique(folder: JobFolder) -> None:
-    """Raises InputError naming the first ids that more than one row of `requests` has."""
-    with open_database(folder.work) as connection:
-        parameters = {"requests": str(folder.relation("requests"))}
-        repeated = compute(connection, "duplicate_request_ids", parameters=parameters).to_pylist()
-    if repeated:
-        shown = ", ".join(
-            f"{row['request_id']!r} (rows {row['first_row_index']} and {row['last_row_index']})" for row in repeated
-        )
-        raise InputError(
-            f"Request ids are not unique: {shown}. Each row needs an id of its own: fix the input, choose another "
-            "--id-column, or leave it out to number the rows."
-        )
 
 
 def merge_results(folder: JobFolder, *, allow_missing: bool) -> MergedResults:

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from blendserve import job
 from blendserve.errors import BlendServeError, InputError, UsageError
 from blendserve.extract import extract_requests
 from blendserve.input_files import open_input
 from blendserve.job_folder import JobFolder
-from blendserve.merge import check_ids_are_unique
 from blendserve.spec import load_job
 
 NOT_UTF8 = b"caf\xe9"
@@ -25,7 +25,6 @@ def extract(tmp_path: Path, table: pa.Table, **options: Any) -> list[dict[str, A
     spec = load_job(None, {"input": str(tmp_path / "input.parquet"), "output": str(tmp_path / "job"), **options})
     folder = JobFolder(tmp_path / "job")
     extract_requests(spec, open_input(spec.input), folder)
-    check_ids_are_unique(folder)
     assert pq.read_table(folder.relation("input_rows")).equals(table)
     rows: list[dict[str, Any]] = pq.read_table(folder.relation("requests")).to_pylist()
     for row in rows:
@@ -69,6 +68,16 @@ def test_unusable_columns_stop_the_job(
 ) -> None:
     with pytest.raises(InputError, match=message):
         extract(tmp_path, pa.table(table), **options)
+
+
+def test_repeated_ids_stop_every_attempt_at_the_job(tmp_path: Path, tiny_model: Path) -> None:
+    pq.write_table(pa.table({"id": ["a", "b", "a"], "prompt": ["x", "y", "z"]}), tmp_path / "input.parquet")
+    options = {"input": str(tmp_path / "input.parquet"), "output": str(tmp_path / "job"), "model": str(tiny_model)}
+    spec = load_job(None, {**options, "id_column": "id", "max_tokens": 1})
+    for _attempt in range(2):
+        with pytest.raises(InputError, match="not unique"):
+            job.run(spec)
+    assert not (tmp_path / "job" / "_SUCCESS").exists()
 
 
 @pytest.mark.parametrize(
