@@ -276,8 +276,7 @@ def _write(spec: JobSpec, files: InputFiles | QueriedFiles, rows_path: Path, req
 
 def _check_ids_are_unique(requests: Path) -> None:
     with open_database(requests.parent) as connection:
-        parameters = {"requests": str(requests)}
-        repeated = compute(connection, "duplicate_request_ids", parameters=parameters).to_pylist()
+        repeated = compute(connection, "duplicate_request_ids", files={"requests": [requests]}).to_pylist()
     if repeated:
         shown = ", ".join(
             f"{row['request_id']!r} (rows {row['first_row_index']} and {row['last_row_index']})" for row in repeated

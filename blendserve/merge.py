@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import blendserve_sql
 from blendserve.errors import ReconciliationError
 from blendserve.job_folder import JobFolder
-from blendserve.planner.database import open_database
+from blendserve.planner.database import open_database, register_files
 from blendserve.schemas import COMPLETIONS, RESULT_COLUMNS
 
 _BATCH_ROWS = 8192
@@ -81,8 +81,8 @@ def _joined_batches(folder: JobFolder) -> Iterator[tuple[pa.Table, pa.ChunkedArr
         files = [str(path) for path in folder.completion_files()]
         connection.register("completions", pads.dataset(files, schema=COMPLETIONS, format="parquet"))
         names = ("requests", "rejected_requests", "sorted_requests", "tokenized_requests")
-        paths = {name: str(folder.relation(name)) for name in names}
-        results = connection.sql(blendserve_sql.read("results"), params=paths).to_arrow_reader(_BATCH_ROWS)
+        register_files(connection, {name: [folder.relation(name)] for name in names})
+        results = connection.sql(blendserve_sql.read("results")).to_arrow_reader(_BATCH_ROWS)
         chunks = _rechunk(results, _BATCH_ROWS)
         num_rows = 0
         for inputs in _rechunk(input_rows.iter_batches(batch_size=_BATCH_ROWS), _BATCH_ROWS):
@@ -92,11 +92,22 @@ def _joined_batches(folder: JobFolder) -> Iterator[tuple[pa.Table, pa.ChunkedArr
                     f"Results of {folder.root} don't line up with the input from row {num_rows} on. Nothing was "
                     "published; keep the folder and report this."
                 )
+            _check_ids(folder, chunk)
             num_rows += inputs.num_rows
             for field in RESULT_COLUMNS:
                 if field.name not in inputs.schema.names:
                     inputs = inputs.append_column(field, chunk[field.name].cast(field.type))
             yield inputs, chunk["outcome"]
+
+
+def _check_ids(folder: JobFolder, results: pa.Table) -> None:
+    row = pc.index(results["outcome"], "mixed up").as_py()
+    if row >= 0:
+        raise ReconciliationError(
+            f"The completion of row {results['row_index'][row]} in {folder.root}, request "
+            f"{results['request_id'][row].as_py()!r}, is of a request with another id. Completions or files of another "
+            "job got into the folder. Nothing was published; run the job again with --force."
+        )
 
 
 def _rechunk(batches: Iterator[pa.RecordBatch], num_rows: int) -> Iterator[pa.Table]:

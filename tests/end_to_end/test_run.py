@@ -78,7 +78,7 @@ def test_every_way_of_running_gives_the_same_text(
 
 
 def test_plan_then_shards_then_merge(blendserve: Blendserve, requests: Path, tiny_model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+    output = tmp_path / "row_index=0" / "max_tokens=1" / "run[1]"  # neither partitions nor a pattern
     planned = blendserve("plan", *job_options(requests, output, tiny_model), "--shards", 2)
     assert planned.status == 0, planned.stderr
     assert not (output / "completions").exists()

@@ -158,6 +158,16 @@ def test_without_a_single_completion(tmp_path: Path) -> None:
     assert merged.counts["missing"] == 1
 
 
+@pytest.mark.parametrize(("outcome", "ids"), [("succeeded", ["r0", "r7"]), ("duplicate", ["r7", "r1"])])
+def test_completions_of_other_requests_are_noticed(tmp_path: Path, outcome: str, ids: list[str]) -> None:
+    folder = JobFolder(tmp_path)
+    lay_out(folder, [outcome])
+    requests = pq.read_table(folder.relation("requests"))
+    pq.write_table(requests.set_column(1, REQUESTS.field("request_id"), pa.array(ids)), folder.relation("requests"))
+    with pytest.raises(ReconciliationError, match=r"row \d in .*, request 'r7', is of a request with another id"):
+        merge_results(folder, allow_missing=True)
+
+
 def test_a_damaged_relation_is_noticed(tmp_path: Path) -> None:
     folder = JobFolder(tmp_path)
     lay_out(folder, ["succeeded"])
