@@ -30,7 +30,7 @@ def examine(spec: JobSpec, root: Path | None = None) -> ExaminedJob:
 
     Raises InputError, UsageError, ModelError or OutputError; changes nothing but creating the output folder.
     """
-    opened = open_input(spec.input)
+    opened = open_input(spec.input, output=spec.output)
     files = opened if spec.sql is None else queried(opened, spec.sql)
     RequestReader.of(spec, files.schema)
     model_folder = resolve_model(spec.model, needs_weights=spec.load_format != "dummy")

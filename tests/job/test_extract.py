@@ -80,6 +80,13 @@ def test_repeated_ids_stop_every_attempt_at_the_job(tmp_path: Path, tiny_model: 
     assert not (tmp_path / "job" / "_SUCCESS").exists()
 
 
+def test_an_output_folder_inside_the_input_folder(tmp_path: Path, tiny_model: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["x", "y"]}), tmp_path / "input.parquet")
+    spec = load_job(None, {"input": str(tmp_path), "output": str(tmp_path / "job"), "model": str(tiny_model)})
+    for _attempt in range(2):
+        assert job.extract(spec)["num_rows"] == 2
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [("hello", "names no column"), ("{{ a", "can't be parsed"), ("{% if %}", "can't be parsed")],
