@@ -1,13 +1,15 @@
 """From completions to results: every input row exactly once, with what became of it.
 
-The results appear under their final name only when every row is in them.
+The results appear under their final name only when every row is in them and the disk holds them.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +19,7 @@ import pyarrow.parquet as pq
 import blendserve_sql
 from blendserve.errors import ReconciliationError
 from blendserve.job_folder import JobFolder
+from blendserve.manifest import sync
 from blendserve.planner.database import open_database, register_files
 from blendserve.schemas import COMPLETIONS, RESULT_COLUMNS
 
@@ -39,14 +42,29 @@ class MergedResults:
     tokens: dict[str, int]
 
 
-def merge_results(folder: JobFolder, *, allow_missing: bool) -> MergedResults:
+def merge_results(folder: JobFolder, *, allow_missing: bool, check_lease: Callable[[], None]) -> MergedResults:
     """Write `results/part-*.parquet`: the input's columns and RESULT_COLUMNS, in input order.
 
-    Raises ReconciliationError when a row is lost or doubled, or has no completion and `allow_missing` is off.
+    Raises ReconciliationError when a row is lost or doubled, or has no completion and `allow_missing` is off, and what
+    `check_lease` raises when another process has taken over the job. Nothing is published then.
     """
-    building = folder.root / ".results.tmp"
-    shutil.rmtree(building, ignore_errors=True)
+    for left in folder.root.glob(".results.*"):
+        shutil.rmtree(left, ignore_errors=True)
+    building = folder.root / f".results.{uuid.uuid4().hex[:8]}.tmp"
     building.mkdir()
+    try:
+        merged = _write_parts(folder, building)
+        _reconcile(folder, merged.counts, allow_missing)
+        for path in (*building.iterdir(), building):
+            sync(path)
+        check_lease()
+        _publish(building, folder.results)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return merged
+
+
+def _write_parts(folder: JobFolder, building: Path) -> MergedResults:
     counts = dict.fromkeys(("input_rows", *_OUTCOMES.values()), 0)
     tokens = dict.fromkeys(("num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"), 0)
     writer: pq.ParquetWriter | None = None
@@ -66,10 +84,22 @@ def merge_results(folder: JobFolder, *, allow_missing: bool) -> MergedResults:
     finally:
         if writer is not None:
             writer.close()
-    _reconcile(folder, counts, allow_missing)
-    shutil.rmtree(folder.results, ignore_errors=True)
-    building.rename(folder.results)
     return MergedResults(counts, tokens)
+
+
+def _publish(building: Path, results: Path) -> None:
+    """Put `building` in the place of earlier results, which come back if that fails."""
+    earlier = building.with_suffix(".old")
+    if results.exists():
+        results.rename(earlier)
+    try:
+        building.rename(results)
+    except OSError:
+        if earlier.exists():
+            earlier.rename(results)
+        raise
+    sync(results.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _joined_batches(folder: JobFolder) -> Iterator[tuple[pa.Table, pa.ChunkedArray]]:
