@@ -21,7 +21,7 @@ from blendserve.errors import InputError
 from blendserve.file_store import store_errors
 
 _PATTERN_CHARACTERS = "*?["
-_BATCH_ROWS = 4096
+_BATCH_ROWS = 256  # few, as a row may be a whole book
 _HASH_BYTES = 1 << 22
 
 
@@ -57,7 +57,7 @@ class InputFiles:
         """The rows in order, the first `limit` of them. Raises InputError where a file turns out to be damaged."""
         left = self.num_rows if limit is None else min(limit, self.num_rows)
         try:
-            for batch in self.dataset().to_batches(batch_size=_BATCH_ROWS):
+            for batch in self._all_batches():
                 if left <= 0:
                     return
                 yield batch.slice(0, left)
@@ -66,6 +66,18 @@ class InputFiles:
             raise InputError(
                 f"Input {self.stated} can't be read to its end: {error}. A file is damaged; write it again."
             ) from error
+
+    def _all_batches(self) -> Iterator[pa.RecordBatch]:
+        """A few rows at a time of each file: a dataset's own batches hold a whole row group in memory, and more."""
+        for part in self.dataset().get_fragments():
+            partitions = pads.get_partition_keys(part.partition_expression)
+            with self.filesystem.open(part.path, "rb") as file:
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS):
+                    added = [
+                        pa.repeat(pa.scalar(partitions.get(field.name), field.type), batch.num_rows)
+                        for field in list(self.schema)[batch.num_columns :]
+                    ]
+                    yield pa.RecordBatch.from_arrays([*batch.columns, *added], schema=self.schema)
 
 
 def open_input(stated: str, *, output: str | None = None) -> InputFiles:

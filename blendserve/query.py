@@ -15,7 +15,7 @@ import pyarrow as pa
 from blendserve.errors import InputError, UsageError
 from blendserve.input_files import InputFiles
 
-_BATCH_ROWS = 4096
+_BATCH_ROWS = 256  # few, as a row may be a whole book
 _MEMORY_LIMIT = "3GiB"
 # One thread, so that rows keep their order where the query states none.
 _NUM_THREADS = 1

@@ -47,8 +47,9 @@ def test_limit_takes_the_first_rows_across_files(tmp_path: Path) -> None:
 def test_partition_folders_become_columns(tmp_path: Path) -> None:
     write(tmp_path / "day=1" / "a.parquet", prompt=["x"])
     write(tmp_path / "day=2" / "a.parquet", prompt=["y"])
+    write(tmp_path / "a.parquet", prompt=["w"])
     rows = [row for batch in open_input(str(tmp_path)).batches(None) for row in batch.to_pylist()]
-    assert rows == [{"prompt": "x", "day": 1}, {"prompt": "y", "day": 2}]
+    assert rows == [{"prompt": "w", "day": None}, {"prompt": "x", "day": 1}, {"prompt": "y", "day": 2}]
 
 
 @pytest.mark.parametrize("stated", ["max_tokens=2/day=1/a.parquet", "max_tokens=2", "max_tokens=2/day=*/a.parquet"])
