@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import fsspec
 import pyarrow as pa
 import pyarrow.dataset as pads
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from blendserve.errors import InputError
@@ -63,9 +62,11 @@ class InputFiles:
                 yield batch.slice(0, left)
                 left -= batch.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise InputError(
-                f"Input {self.stated} can't be read to its end: {error}. A file is damaged; write it again."
-            ) from error
+            raise self.damaged(error) from error
+
+    def damaged(self, error: Exception) -> InputError:
+        """What to raise when reading the rows ends in `error`."""
+        return InputError(f"Input {self.stated} can't be read to its end: {error}. A file is damaged; write it again.")
 
     def _all_batches(self) -> Iterator[pa.RecordBatch]:
         """A few rows at a time of each file: a dataset's own batches hold a whole row group in memory, and more."""
@@ -142,7 +143,7 @@ def _dataset(
         paths,
         schema=schema,
         format="parquet",
-        filesystem=pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)),
+        filesystem=filesystem,
         partitioning="hive",
         partition_base_dir=root,
     )
