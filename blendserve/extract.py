@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.meta
 import jinja2.sandbox
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from blendserve.errors import InputError, UsageError
 from blendserve.input_files import InputFiles
 from blendserve.job_folder import JobFolder
 from blendserve.manifest import replacing
+from blendserve.planner.database import compute, open_database
+from blendserve.row_groups import RowGroupWriter
 from blendserve.schemas import REQUESTS, RESULT_COLUMNS
 from blendserve.spec import JobSpec
 
@@ -118,6 +120,11 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
+def _is_bytes(kind: pa.DataType) -> bool:
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(is_kind(kind) for is_kind in kinds)
+
+
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
@@ -145,7 +152,7 @@ def _prompt_reader(spec: JobSpec, schema: pa.Schema) -> PromptReader:
             f"(--prompt-column) or make one (--template). Its columns are: {', '.join(schema.names)}."
         )
     kind = _column_type(schema, name, "prompt")
-    if _is_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind):
+    if _is_text(kind) or _is_bytes(kind) or pa.types.is_null(kind):
         return lambda batch: [_text_prompt(text) for text in _texts(batch.column(name))]
     if _is_list(kind) and pa.types.is_integer(kind.value_type):
         return lambda batch: [_token_prompt(ids) for ids in batch.column(name).to_pylist()]
@@ -163,9 +170,8 @@ def _texts(column: pa.Array) -> list[str | UnicodeDecodeError | None]:
         column = column.dictionary_decode()
     if pa.types.is_null(column.type):
         return [None] * len(column)
-    wide = pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type)
     texts: list[str | UnicodeDecodeError | None] = []
-    for value in column.cast(pa.large_binary() if wide else pa.binary()).to_pylist():
+    for value in column.cast(pa.large_binary()).to_pylist():
         try:
             texts.append(None if value is None else value.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -230,7 +236,8 @@ def _template_reader(source: str, schema: pa.Schema) -> PromptReader:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    return _texts(column) if _is_text(column.type) or pa.types.is_binary(column.type) else column.to_pylist()
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    return _texts(column) if _is_text(kind) or _is_bytes(kind) else column.to_pylist()
 
 
 def _render_row(template: jinja2.Template, values: Row) -> Row:
@@ -248,20 +255,38 @@ def _render_row(template: jinja2.Template, values: Row) -> Row:
 def extract_requests(spec: JobSpec, files: InputFiles | QueriedFiles, folder: JobFolder) -> dict[str, int]:
     """Write `input_rows` (the input as it is, or what the job's query makes of it) and `requests`.
 
-    Returns how many rows there are and how many fail.
+    Returns how many rows there are and how many fail. Raises InputError when two rows have the same id.
     """
-    reader = RequestReader.of(spec, files.schema)
-    num_rows, num_errors = 0, 0
     with (
         replacing(folder.relation("input_rows")) as rows_path,
         replacing(folder.relation("requests")) as requests_path,
-        pq.ParquetWriter(rows_path, files.schema) as rows,
-        pq.ParquetWriter(requests_path, REQUESTS) as requests,
     ):
+        counts = _write(spec, files, rows_path, requests_path)
+        _check_ids_are_unique(requests_path)  # before the files have their names, or they would count as extracted
+    return counts
+
+
+def _write(spec: JobSpec, files: InputFiles | QueriedFiles, rows_path: Path, requests_path: Path) -> dict[str, int]:
+    reader = RequestReader.of(spec, files.schema)
+    num_rows, num_errors = 0, 0
+    with RowGroupWriter(rows_path, files.schema) as rows, RowGroupWriter(requests_path, REQUESTS) as requests:
         for batch in files.batches(spec.limit):
             made = reader.read(batch, num_rows)
-            rows.write_batch(batch)
-            requests.write_batch(made)
+            rows.write(batch)
+            requests.write(made)
             num_rows += batch.num_rows
             num_errors += len(made) - made.column("error").null_count
     return {"num_rows": num_rows, "num_row_errors": num_errors}
+
+
+def _check_ids_are_unique(requests: Path) -> None:
+    with open_database(requests.parent) as connection:
+        repeated = compute(connection, "duplicate_request_ids", files={"requests": [requests]}).to_pylist()
+    if repeated:
+        shown = ", ".join(
+            f"{row['request_id']!r} (rows {row['first_row_index']} and {row['last_row_index']})" for row in repeated
+        )
+        raise InputError(
+            f"Request ids are not unique: {shown}. Each row needs an id of its own: fix the input, choose another "
+            "--id-column, or leave it out to number the rows."
+        )

@@ -19,9 +19,17 @@ def show(root: Path, num_rows: int) -> dict[str, Any]:
     manifest = read_final_manifest(folder)
     results = pads.dataset(folder.results, format="parquet", schema=RESULT_COLUMNS)
     total = results.count_rows()
-    rows = results.take([position * total // num_rows for position in range(min(num_rows, total))]).to_pylist()
+    num_rows = min(num_rows, total)
+    rows = results.take([position * total // num_rows for position in range(num_rows)]).to_pylist()
     shards = [read_manifest(path, ShardManifest) for path in sorted(folder.completions.glob("shard-*/shard.json"))]
     return {"rows": rows, "manifest": manifest, "real_seconds": sum(shard.seconds for shard in shards)}
+
+
+def is_finished(folder: JobFolder) -> bool:
+    """Whether the job was declared done and its results are all there still."""
+    if not (folder.success.is_file() and folder.manifest.is_file()):
+        return False
+    return all((folder.root / name).is_file() for name in read_json(folder.manifest)["results"])
 
 
 def read_final_manifest(folder: JobFolder) -> dict[str, Any]:

@@ -20,17 +20,18 @@ import pyarrow.parquet as pq
 from blendserve.engine_process import Progress, find_plan, run_shard_process
 from blendserve.errors import ReconciliationError
 from blendserve.extract import extract_requests
-from blendserve.finished_job import read_final_manifest
+from blendserve.finished_job import is_finished, read_final_manifest
 from blendserve.finished_job import show as show
 from blendserve.gpus import check_gpus, run_shards
 from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, claim, holding, read_record, versions, writing_to
+from blendserve.lease import Lease
 from blendserve.manifest import PlanManifest, ShardManifest, read_json, read_manifest, replacing, write_manifest
-from blendserve.merge import check_ids_are_unique, merge_results
+from blendserve.merge import merge_results
 from blendserve.preflight import ExaminedJob, examine
 from blendserve.spec import JobSpec
 from blendserve.step import step, timings
-from blendserve.working_copy import working_copy
+from blendserve.working_copy import is_url, working_copy
 
 Announce = Callable[[str, dict[str, Any]], None]
 
@@ -48,11 +49,11 @@ def run(
     On a finished job this does nothing but return the manifest with `already_done` set.
     """
     announce = on_step or (lambda _step, _result: None)
-    with working_copy(spec.output) as root, _held(spec, root) as examined:
+    with working_copy(spec.output) as root, _held(spec, root) as (examined, lease):
         folder = examined.folder
         check_gpus(spec.gpus)
         announce("extract", _extract(examined))
-        if folder.success.is_file():
+        if is_finished(folder):
             return {**read_final_manifest(folder), "already_done": True}
         announce("tokenize", tokenize(folder.root))
         announce("analyze", analyze(folder.root))
@@ -61,7 +62,7 @@ def run(
         announce("plan", made.summary)
         for done in run_shards(folder.plan, range(len(made.shards)), gpus=spec.gpus, on_progress=on_progress):
             announce("run_shard", done.model_dump(mode="json"))
-        announce("merge", merge(folder.root))
+        announce("merge", _merge(folder.root, lease))
         announce("report", {"report": str(report(folder.root))})
         return finish(folder.root)
 
@@ -69,7 +70,7 @@ def run(
 def preview(spec: JobSpec, *, on_step: Announce | None = None) -> PlanManifest:
     """Plan the job without running anything. A later `run` plans again, with the lengths that its sample shows."""
     announce = on_step or (lambda _step, _result: None)
-    with working_copy(spec.output) as root, _held(spec, root) as examined:
+    with working_copy(spec.output) as root, _held(spec, root) as (examined, _):
         folder = examined.folder
         announce("extract", _extract(examined))
         announce("tokenize", tokenize(folder.root))
@@ -198,13 +199,21 @@ def merge(root: Path, *, allow_missing: bool = False) -> dict[str, Any]:
     """Put completions and input rows together: `results/` and `manifest.json`. Returns the counts.
 
     Raises ReconciliationError when rows have no completion, unless `allow_missing`: then they come out as failed rows
-    and the manifest says `incomplete`, so that a later run can finish them.
+    and the manifest says `incomplete`, so that a later run can finish them. Raises InUseError when another process
+    works on the job.
     """
     folder, record = _open(root)
-    if folder.success.is_file():
+    with holding(folder, record.spec.output if is_url(record.spec.output) else None) as lease:
+        return _merge(root, lease, allow_missing=allow_missing)
+
+
+def _merge(root: Path, lease: Lease, *, allow_missing: bool = False) -> dict[str, Any]:
+    folder, record = _open(root)
+    if is_finished(folder):
         return {**read_final_manifest(folder)["counts"], "path": str(folder.results)}
     with step(folder, "merge"):
-        merged = merge_results(folder, allow_missing=allow_missing)
+        folder.success.unlink(missing_ok=True)  # where the results were removed since
+        merged = merge_results(folder, allow_missing=allow_missing, check_lease=lease.check)
     write_manifest(
         folder.manifest,
         {
@@ -256,10 +265,10 @@ def finish(root: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _held(spec: JobSpec, root: Path) -> Iterator[ExaminedJob]:
+def _held(spec: JobSpec, root: Path) -> Iterator[tuple[ExaminedJob, Lease]]:
     examined = examine(spec, root)
-    with holding(examined.folder, spec.output):
-        yield examined
+    with holding(examined.folder, spec.output) as lease:
+        yield examined, lease
 
 
 def _extract(examined: ExaminedJob) -> dict[str, Any]:
@@ -268,7 +277,6 @@ def _extract(examined: ExaminedJob) -> dict[str, Any]:
     with step(folder, "extract", "input_rows", "requests") as is_done:
         if not is_done:
             extract_requests(examined.record.spec, examined.files, folder)
-            check_ids_are_unique(folder)
     return {"root": str(folder.root), "num_rows": _num_rows(folder, "requests")}
 
 

@@ -20,7 +20,7 @@ from blendserve.errors import OutputError
 from blendserve.file_store import open_store
 from blendserve.input_files import InputFiles
 from blendserve.job_folder import JobFolder
-from blendserve.lease import acquire_lease
+from blendserve.lease import Lease, acquire_lease
 from blendserve.manifest import FrozenManifest, read_json, read_manifest, write_manifest
 from blendserve.models.source import model_identity
 from blendserve.spec import JobSpec, RowErrorPolicy, SamplingSpec
@@ -158,7 +158,7 @@ def _discard(folder: JobFolder) -> None:
 
 
 @contextmanager
-def holding(folder: JobFolder, place: str | None = None, *, wait_seconds: float = 0.0) -> Iterator[None]:
+def holding(folder: JobFolder, place: str | None = None, *, wait_seconds: float = 0.0) -> Iterator[Lease]:
     """Hold the job, so that two runs of it can't work in its folder, or at the URL `place`, at once.
 
     Raises InUseError when another process holds it, and still does after `wait_seconds`.
@@ -167,7 +167,7 @@ def holding(folder: JobFolder, place: str | None = None, *, wait_seconds: float 
     with writing_to(folder.root):
         lease = acquire_lease(open_store(place or folder.root), what, wait_seconds=wait_seconds)
     with lease:
-        yield
+        yield lease
 
 
 @contextmanager

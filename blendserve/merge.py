@@ -1,13 +1,15 @@
 """From completions to results: every input row exactly once, with what became of it.
 
-The results appear under their final name only when every row is in them.
+The results appear under their final name only when every row is in them and the disk holds them.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,9 +17,10 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 import blendserve_sql
-from blendserve.errors import InputError, ReconciliationError
+from blendserve.errors import ReconciliationError
 from blendserve.job_folder import JobFolder
-from blendserve.planner.database import compute, open_database
+from blendserve.manifest import sync
+from blendserve.planner.database import open_database, register_files
 from blendserve.schemas import COMPLETIONS, RESULT_COLUMNS
 
 _BATCH_ROWS = 8192
@@ -39,29 +42,29 @@ class MergedResults:
     tokens: dict[str, int]
 
 
-def check_ids_are_unique(folder: JobFolder) -> None:
-    """Raises InputError naming the first ids that more than one row of `requests` has."""
-    with open_database(folder.work) as connection:
-        parameters = {"requests": str(folder.relation("requests"))}
-        repeated = compute(connection, "duplicate_request_ids", parameters=parameters).to_pylist()
-    if repeated:
-        shown = ", ".join(
-            f"{row['request_id']!r} (rows {row['first_row_index']} and {row['last_row_index']})" for row in repeated
-        )
-        raise InputError(
-            f"Request ids are not unique: {shown}. Each row needs an id of its own: fix the input, choose another "
-            "--id-column, or leave it out to number the rows."
-        )
-
-
-def merge_results(folder: JobFolder, *, allow_missing: bool) -> MergedResults:
+def merge_results(folder: JobFolder, *, allow_missing: bool, check_lease: Callable[[], None]) -> MergedResults:
     """Write `results/part-*.parquet`: the input's columns and RESULT_COLUMNS, in input order.
 
-    Raises ReconciliationError when a row is lost or doubled, or has no completion and `allow_missing` is off.
+    Raises ReconciliationError when a row is lost or doubled, or has no completion and `allow_missing` is off, and what
+    `check_lease` raises when another process has taken over the job. Nothing is published then.
     """
-    building = folder.root / ".results.tmp"
-    shutil.rmtree(building, ignore_errors=True)
+    for left in folder.root.glob(".results.*"):
+        shutil.rmtree(left, ignore_errors=True)
+    building = folder.root / f".results.{uuid.uuid4().hex[:8]}.tmp"
     building.mkdir()
+    try:
+        merged = _write_parts(folder, building)
+        _reconcile(folder, merged.counts, allow_missing)
+        for path in (*building.iterdir(), building):
+            sync(path)
+        check_lease()
+        _publish(building, folder.results)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return merged
+
+
+def _write_parts(folder: JobFolder, building: Path) -> MergedResults:
     counts = dict.fromkeys(("input_rows", *_OUTCOMES.values()), 0)
     tokens = dict.fromkeys(("num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"), 0)
     writer: pq.ParquetWriter | None = None
@@ -81,10 +84,22 @@ def merge_results(folder: JobFolder, *, allow_missing: bool) -> MergedResults:
     finally:
         if writer is not None:
             writer.close()
-    _reconcile(folder, counts, allow_missing)
-    shutil.rmtree(folder.results, ignore_errors=True)
-    building.rename(folder.results)
     return MergedResults(counts, tokens)
+
+
+def _publish(building: Path, results: Path) -> None:
+    """Put `building` in the place of earlier results, which come back if that fails."""
+    earlier = building.with_suffix(".old")
+    if results.exists():
+        results.rename(earlier)
+    try:
+        building.rename(results)
+    except OSError:
+        if earlier.exists():
+            earlier.rename(results)
+        raise
+    sync(results.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _joined_batches(folder: JobFolder) -> Iterator[tuple[pa.Table, pa.ChunkedArray]]:
@@ -96,8 +111,8 @@ def _joined_batches(folder: JobFolder) -> Iterator[tuple[pa.Table, pa.ChunkedArr
         files = [str(path) for path in folder.completion_files()]
         connection.register("completions", pads.dataset(files, schema=COMPLETIONS, format="parquet"))
         names = ("requests", "rejected_requests", "sorted_requests", "tokenized_requests")
-        paths = {name: str(folder.relation(name)) for name in names}
-        results = connection.sql(blendserve_sql.read("results"), params=paths).to_arrow_reader(_BATCH_ROWS)
+        register_files(connection, {name: [folder.relation(name)] for name in names})
+        results = connection.sql(blendserve_sql.read("results")).to_arrow_reader(_BATCH_ROWS)
         chunks = _rechunk(results, _BATCH_ROWS)
         num_rows = 0
         for inputs in _rechunk(input_rows.iter_batches(batch_size=_BATCH_ROWS), _BATCH_ROWS):
@@ -107,11 +122,22 @@ def _joined_batches(folder: JobFolder) -> Iterator[tuple[pa.Table, pa.ChunkedArr
                     f"Results of {folder.root} don't line up with the input from row {num_rows} on. Nothing was "
                     "published; keep the folder and report this."
                 )
+            _check_ids(folder, chunk)
             num_rows += inputs.num_rows
             for field in RESULT_COLUMNS:
                 if field.name not in inputs.schema.names:
                     inputs = inputs.append_column(field, chunk[field.name].cast(field.type))
             yield inputs, chunk["outcome"]
+
+
+def _check_ids(folder: JobFolder, results: pa.Table) -> None:
+    row = pc.index(results["outcome"], "mixed up").as_py()
+    if row >= 0:
+        raise ReconciliationError(
+            f"The completion of row {results['row_index'][row]} in {folder.root}, request "
+            f"{results['request_id'][row].as_py()!r}, is of a request with another id. Completions or files of another "
+            "job got into the folder. Nothing was published; run the job again with --force."
+        )
 
 
 def _rechunk(batches: Iterator[pa.RecordBatch], num_rows: int) -> Iterator[pa.Table]:

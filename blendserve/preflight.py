@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from blendserve.extract import RequestReader
 from blendserve.input_files import InputFiles, open_input
@@ -12,10 +11,8 @@ from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, check_claimable
 from blendserve.models.config import ModelConfig
 from blendserve.models.source import resolve_model
+from blendserve.query import QueriedFiles, queried
 from blendserve.spec import JobSpec
-
-if TYPE_CHECKING:
-    from blendserve.query import QueriedFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +30,8 @@ def examine(spec: JobSpec, root: Path | None = None) -> ExaminedJob:
 
     Raises InputError, UsageError, ModelError or OutputError; changes nothing but creating the output folder.
     """
-    files = _queried(open_input(spec.input), spec)
+    opened = open_input(spec.input, output=spec.output)
+    files = opened if spec.sql is None else queried(opened, spec.sql)
     RequestReader.of(spec, files.schema)
     model_folder = resolve_model(spec.model, needs_weights=spec.load_format != "dummy")
     architecture = ModelConfig.load(model_folder).architecture
@@ -41,11 +39,3 @@ def examine(spec: JobSpec, root: Path | None = None) -> ExaminedJob:
     record = JobRecord.of(spec, files, model_folder)
     check_claimable(folder, record)
     return ExaminedJob(folder, files, record, architecture)
-
-
-def _queried(files: InputFiles, spec: JobSpec) -> InputFiles | QueriedFiles:
-    if spec.sql is None:
-        return files
-    from blendserve.query import queried  # DuckDB: only where there is a query
-
-    return queried(files, spec.sql)

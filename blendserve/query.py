@@ -5,20 +5,24 @@ No file, network, extension, setting or Python object is within a query's reach,
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from blendserve.errors import InputError, UsageError
 from blendserve.input_files import InputFiles
 
-_BATCH_ROWS = 4096
+_BATCH_ROWS = 256  # few, as a row may be a whole book
 _MEMORY_LIMIT = "3GiB"
 # One thread, so that rows keep their order where the query states none.
 _NUM_THREADS = 1
+# In DuckDB's message when a table that it reads from outside fails, by its version.
+_SIGNS_OF_A_DAMAGED_INPUT = ("reading the stream registered as 'input' failed", "get_next failed")
 # In this order: the last one keeps a query from undoing the others.
 _LOCKS = (
     "set python_enable_replacements = false",
@@ -50,7 +54,10 @@ class QueriedFiles:
         return self.files.digest()
 
     def batches(self, limit: int | None) -> Iterator[pa.RecordBatch]:
-        """The query's rows in order, the first `limit` of them. Raises UsageError when the query fails on the rows."""
+        """The query's rows in order, the first `limit` of them.
+
+        Raises UsageError when the query fails on the rows, InputError when it makes none or a file is damaged.
+        """
         left, is_empty = limit, True
         with _locked_database(self.files) as database:
             try:
@@ -62,6 +69,8 @@ class QueriedFiles:
                     yield batch if left is None else batch.slice(0, left)
                     left = None if left is None else left - batch.num_rows
             except duckdb.Error as error:
+                if any(sign in str(error) for sign in _SIGNS_OF_A_DAMAGED_INPUT):
+                    raise self.files.damaged(error) from error
                 raise UsageError(f"Option 'sql': the query fails: {_first_line(error)}.") from error
         if is_empty:
             raise InputError(f"Option 'sql': the query makes no rows of {self.num_rows} input rows. Widen it.")
@@ -82,12 +91,24 @@ def queried(files: InputFiles, sql: str) -> QueriedFiles:
                     f"({', '.join(statement.type.name for statement in statements) or 'none'})."
                 )
             schema = database.sql(sql).select("*").limit(0).to_arrow_table().schema
+            _check_types(schema)
         except duckdb.Error as error:
             raise UsageError(
                 f"Option 'sql': the query can't be used: {_first_line(error)}. It sees the table `input` with the "
                 f"columns {', '.join(files.schema.names)}, and nothing else."
             ) from error
     return QueriedFiles(files, sql, schema)
+
+
+def _check_types(schema: pa.Schema) -> None:
+    for field in schema:
+        try:
+            pq.write_table(pa.schema([field]).empty_table(), io.BytesIO())
+        except pa.ArrowException as error:
+            raise UsageError(
+                f"Option 'sql': the query makes a column '{field.name}' of type {field.type}, which Parquet can't "
+                "hold. Cast it to another type, such as varchar, or leave it out."
+            ) from error
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import glob
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -64,8 +65,10 @@ def compute(
     *,
     parameters: Mapping[str, Any] | None = None,
     tables: Mapping[str, pa.Table] | None = None,
+    files: Mapping[str, Sequence[Path]] | None = None,
 ) -> pa.Table:
-    """The rows of `relation`, whose SQL file reads `tables` by name and has `parameters` bound to its `$names`."""
+    """The rows of `relation`. Its SQL reads `tables` and `files` by name and has `parameters` bound to its `$names`."""
+    register_files(connection, files or {})
     for name, table in (tables or {}).items():
         connection.register(name, table)
     try:
@@ -73,6 +76,17 @@ def compute(
     finally:
         for name in tables or {}:
             connection.unregister(name)
+
+
+def register_files(connection: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[Path]]) -> None:
+    """Let SQL read Parquet files by name, with their rows numbered in `file_row_number`.
+
+    A path is taken as it is: what looks like a pattern or a partition in it is part of a folder's name.
+    """
+    for name, paths in files.items():
+        literal = [glob.escape(str(path)) for path in paths]
+        found = connection.read_parquet(literal, hive_partitioning=False, file_row_number=True)
+        found.create_view(name, replace=True)
 
 
 def write_relation(path: Path, table: pa.Table, schema: pa.Schema) -> None:

@@ -115,8 +115,8 @@ def _classes(
     database: duckdb.DuckDBPyConnection, folder: JobFolder, shared_prefix_tokens: NDArray[np.int64]
 ) -> pa.Table:
     parameters = {
-        "tokenized_requests": str(folder.relation("tokenized_requests")),
         "num_shared": int(shared_prefix_tokens[1:].min(initial=int(shared_prefix_tokens.max(initial=0)))),
         "num_compared": _NUM_COMPARED,
     }
-    return compute(database, "request_classes", parameters=parameters)
+    files = {"tokenized_requests": [folder.relation("tokenized_requests")]}
+    return compute(database, "request_classes", parameters=parameters, files=files)

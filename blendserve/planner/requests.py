@@ -51,8 +51,8 @@ class RequestStates:
 def read_request_states(database: duckdb.DuckDBPyConnection, folder: JobFolder) -> RequestStates:
     """Join the relations of the earlier steps with the completions that exist already."""
     completed = read_completed(database, folder)
-    relations = {name: str(folder.relation(name)) for name in ("sorted_requests", "tokenized_requests")}
-    table = compute(database, "request_states", parameters=relations, tables={"completed_requests": completed})
+    files = {name: [folder.relation(name)] for name in ("sorted_requests", "tokenized_requests")}
+    table = compute(database, "request_states", files=files, tables={"completed_requests": completed})
 
     def integers(name: str) -> NDArray[np.int64]:
         return np.asarray(table.column(name).to_numpy(), dtype=np.int64)
@@ -81,11 +81,11 @@ def read_request_states(database: duckdb.DuckDBPyConnection, folder: JobFolder) 
 
 def read_completed(database: duckdb.DuckDBPyConnection, folder: JobFolder) -> pa.Table:
     """The relation `completed_requests` of the completions that exist already."""
-    files = [str(path) for path in folder.completion_files()]
-    if not files:
+    completions = folder.completion_files()
+    if not completions:
         return _NO_COMPLETIONS.empty_table()
-    tokenized = str(folder.relation("tokenized_requests"))
-    return compute(database, "completed_requests", parameters={"completions": files, "tokenized_requests": tokenized})
+    tokenized = [folder.relation("tokenized_requests")]
+    return compute(database, "completed_requests", files={"completions": completions, "tokenized_requests": tokenized})
 
 
 def compute_costs(

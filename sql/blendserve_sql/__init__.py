@@ -6,5 +6,5 @@ from importlib.resources import files
 
 
 def read(relation: str) -> str:
-    """The statement that computes `relation`. Paths and values are bound as parameters, never formatted in."""
+    """The statement that computes `relation`: it reads tables by name and has values bound, none formatted in."""
     return files(__package__).joinpath(f"{relation}.sql").read_text(encoding="utf-8")

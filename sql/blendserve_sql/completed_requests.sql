@@ -8,7 +8,7 @@ completions as (
         row_index,
         finish_reason,
         num_completion_tokens
-    from read_parquet($completions)
+    from completions
 
 ),
 
@@ -17,7 +17,7 @@ tokenized_requests as (
     select
         row_index,
         max_tokens
-    from read_parquet($tokenized_requests)
+    from tokenized_requests
 
 ),
 

@@ -3,7 +3,7 @@ with requests as (
     select
         request_id,
         row_index
-    from read_parquet($requests)
+    from requests
 ),
 
 final as (

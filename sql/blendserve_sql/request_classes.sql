@@ -8,7 +8,7 @@ tokenized_requests as (
         row_index,
         num_prompt_tokens,
         prompt_token_ids
-    from read_parquet($tokenized_requests)
+    from tokenized_requests
 
 ),
 

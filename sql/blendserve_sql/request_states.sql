@@ -3,7 +3,13 @@ with
 
 sorted_requests as (
 
-    select * from read_parquet($sorted_requests)
+    select
+        sort_position,
+        row_index,
+        num_prompt_tokens,
+        shared_prefix_tokens,
+        duplicate_of
+    from sorted_requests
 
 ),
 
@@ -15,7 +21,7 @@ tokenized_requests as (
         request_id,
         max_tokens,
         output_tokens_hint
-    from read_parquet($tokenized_requests, file_row_number = true)
+    from tokenized_requests
 
 ),
 

@@ -1,24 +1,25 @@
 -- One row per input row, in input order: its completion, or why it has none.
--- outcome: succeeded, failed, rejected, duplicate (answered by an equal request's completion) or missing (not run yet).
+-- outcome: succeeded, failed, rejected, duplicate (answered by an equal request's completion), missing (not run yet) or
+-- mixed up (the completion is of a request with another id, so not of this job).
 with requests as (
     select
         row_index,
         request_id
-    from read_parquet($requests)
+    from requests
 ),
 
 rejected_requests as (
     select
         row_index,
         error
-    from read_parquet($rejected_requests)
+    from rejected_requests
 ),
 
 duplicates as (
     select
         row_index,
         duplicate_of
-    from read_parquet($sorted_requests)
+    from sorted_requests
     where duplicate_of is not null
 ),
 
@@ -26,14 +27,17 @@ limits as (
     select
         row_index,
         max_tokens
-    from read_parquet($tokenized_requests)
+    from tokenized_requests
 ),
 
 -- A row that failed in one attempt may have succeeded in a later one; the success counts. What the sample's own limit
 -- cut off is no result.
 best_completions as (
-    select completions.*
+    select
+        completions.*,
+        completions.request_id <> requests.request_id as is_of_another_request
     from completions
+    inner join requests on completions.row_index = requests.row_index
     inner join limits on completions.row_index = limits.row_index
     where completions.finish_reason <> 'length' or completions.num_completion_tokens >= limits.max_tokens
     qualify
@@ -63,6 +67,7 @@ joined as (
         case
             when rejected_requests.row_index is not null then 'rejected'
             when best_completions.row_index is null then 'missing'
+            when best_completions.is_of_another_request then 'mixed up'
             when best_completions.finish_reason = 'error' then 'failed'
             when duplicates.row_index is not null then 'duplicate'
             else 'succeeded'

@@ -65,7 +65,7 @@ MOMENTS = {
     "after the plan": "plan/plan.json",
     "in the first shard": "completions/shard-00000/part-*.parquet",
     "in the second shard": "completions/shard-00001",
-    "in the merge": ".results.tmp",
+    "in the merge": ".results.*.tmp",
 }
 HAS_ENGINE_PROCESS = {"in the first shard", "in the second shard"}
 

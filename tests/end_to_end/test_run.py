@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from blendserve.job_folder import JobFolder
+from blendserve.job_record import holding
 from tests.end_to_end.command_line import (
     NUM_ROWS,
     Blendserve,
@@ -55,6 +58,12 @@ def test_a_finished_job_says_so(blendserve: Blendserve, requests: Path, tiny_mod
     first = blendserve("run", *options, "--limit", 4)
     assert "Job finished" in first.stdout
     assert "finished already" in blendserve("run", *options, "--limit", 4).stdout
+    before = results(tmp_path / "out")
+    shown = blendserve("show", tmp_path / "out", "--rows", 9, "--json").result["rows"]
+    assert [row["request_id"] for row in shown] == [row["request_id"] for row in before]
+    shutil.rmtree(tmp_path / "out" / "results")
+    assert "Job finished" in blendserve("run", *options, "--limit", 4).stdout
+    assert results(tmp_path / "out") == before
 
 
 def test_every_way_of_running_gives_the_same_text(
@@ -78,7 +87,7 @@ def test_every_way_of_running_gives_the_same_text(
 
 
 def test_plan_then_shards_then_merge(blendserve: Blendserve, requests: Path, tiny_model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+    output = tmp_path / "row_index=0" / "max_tokens=1" / "run[1]"  # neither partitions nor a pattern
     planned = blendserve("plan", *job_options(requests, output, tiny_model), "--shards", 2)
     assert planned.status == 0, planned.stderr
     assert not (output / "completions").exists()
@@ -87,6 +96,9 @@ def test_plan_then_shards_then_merge(blendserve: Blendserve, requests: Path, tin
     assert "have no completion" in early.result["error"]
     for shard in planned.result["shards"]:
         assert blendserve("run-shard", planned.result["plan_dir"], shard["shard"]).status == 0
+    with holding(JobFolder(output)):
+        busy = blendserve("merge", output, "--json")
+    assert (busy.status, (output / "results").exists()) == (75, False), busy.stdout
     merged = blendserve("merge", output, "--json")
     assert merged.status == 0, merged.stderr
     assert (output / "_SUCCESS").is_file()

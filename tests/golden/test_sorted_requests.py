@@ -48,9 +48,9 @@ def test_failed_completions_do_not_count_repeated_ones_once_and_cut_off_ones_are
         "after": {"row_index": [5], "finish_reason": ["stop"], "num_completion_tokens": [7]},
     }.items():
         pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
-    files = [str(tmp_path / f"{name}.parquet") for name in ("part-0", "part-1", "sample", "after")]
-    limits = str(tmp_path / "tokenized.parquet")
-    rows = rows_of(tmp_path, "completed_requests", {}, completions=files, tokenized_requests=limits)
+    parts = [tmp_path / f"{name}.parquet" for name in ("part-0", "part-1", "sample", "after")]
+    files = {"completions": parts, "tokenized_requests": [tmp_path / "tokenized.parquet"]}
+    rows = rows_of(tmp_path, "completed_requests", {}, files)
     assert sorted(tuple(row.values()) for row in rows) == [
         (1, "stop", 3, True),
         (4, "length", 9, True),

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from blendserve import job
 from blendserve.errors import BlendServeError, InputError, UsageError
 from blendserve.extract import extract_requests
 from blendserve.input_files import open_input
 from blendserve.job_folder import JobFolder
-from blendserve.merge import check_ids_are_unique
 from blendserve.spec import load_job
 
 NOT_UTF8 = b"caf\xe9"
@@ -25,7 +25,6 @@ def extract(tmp_path: Path, table: pa.Table, **options: Any) -> list[dict[str, A
     spec = load_job(None, {"input": str(tmp_path / "input.parquet"), "output": str(tmp_path / "job"), **options})
     folder = JobFolder(tmp_path / "job")
     extract_requests(spec, open_input(spec.input), folder)
-    check_ids_are_unique(folder)
     assert pq.read_table(folder.relation("input_rows")).equals(table)
     rows: list[dict[str, Any]] = pq.read_table(folder.relation("requests")).to_pylist()
     for row in rows:
@@ -71,6 +70,23 @@ def test_unusable_columns_stop_the_job(
         extract(tmp_path, pa.table(table), **options)
 
 
+def test_repeated_ids_stop_every_attempt_at_the_job(tmp_path: Path, tiny_model: Path) -> None:
+    pq.write_table(pa.table({"id": ["a", "b", "a"], "prompt": ["x", "y", "z"]}), tmp_path / "input.parquet")
+    options = {"input": str(tmp_path / "input.parquet"), "output": str(tmp_path / "job"), "model": str(tiny_model)}
+    spec = load_job(None, {**options, "id_column": "id", "max_tokens": 1})
+    for _attempt in range(2):
+        with pytest.raises(InputError, match="not unique"):
+            job.run(spec)
+    assert not (tmp_path / "job" / "_SUCCESS").exists()
+
+
+def test_an_output_folder_inside_the_input_folder(tmp_path: Path, tiny_model: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["x", "y"]}), tmp_path / "input.parquet")
+    spec = load_job(None, {"input": str(tmp_path), "output": str(tmp_path / "job"), "model": str(tiny_model)})
+    for _attempt in range(2):
+        assert job.extract(spec)["num_rows"] == 2
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [("hello", "names no column"), ("{{ a", "can't be parsed"), ("{% if %}", "can't be parsed")],
@@ -114,6 +130,7 @@ def test_a_bad_row_gets_its_reason_and_the_next_row_runs(tmp_path: Path, column:
         (pa.array(["x"], pa.large_string()), "prompt", "x"),
         (pa.array(["x"]).dictionary_encode(), "prompt", "x"),
         (pa.array(["ü".encode()]), "prompt", "ü"),
+        (pa.array(["ü".encode()], pa.binary(2)), "prompt", "ü"),
         (pa.array([[1, 2]], pa.list_(pa.int64())), "prompt_token_ids", [1, 2]),
         (pa.array([[{"role": "user", "content": "x"}]]), "messages", [{"role": "user", "content": "x"}]),
     ],
@@ -127,6 +144,26 @@ def test_a_template_sees_the_columns_that_it_names(tmp_path: Path) -> None:
     rows = extract(tmp_path, table, template="{{ a }}-{{ n + 1 }}")
     assert [row["prompt"] for row in rows] == ["x-2", None, "z-4"]
     assert rows[1]["error"] == "column 'a', which the template names, is null"
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary(2), pa.binary_view(), "dictionary"])
+def test_a_template_sees_bytes_as_text(tmp_path: Path, kind: pa.DataType | str) -> None:
+    values = ["ü".encode(), None, b"\xff\xff"]
+    column = pa.array(values).dictionary_encode() if kind == "dictionary" else pa.array(values, pa.binary(2)).cast(kind)
+    rows = extract(tmp_path, pa.table({"a": column}), template="{{ a }}!")
+    assert [row["prompt"] for row in rows] == ["ü!", None, None]
+    assert "no UTF-8" in rows[2]["error"]
+
+
+def test_long_rows_are_read_and_written_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blendserve.input_files._BATCH_ROWS", 2)
+    monkeypatch.setattr("blendserve.row_groups._MAX_ROWS", 6)
+    monkeypatch.setattr("blendserve.row_groups._MAX_BYTES", 2000)
+    rows = extract(tmp_path, pa.table({"n": list(range(15))}), template="x" * 600 + "{{ n }}")
+    assert [row["prompt"] for row in rows] == ["x" * 600 + str(n) for n in range(15)]
+    for name, expected in (("input_rows", [6, 6, 3]), ("requests", [4, 4, 4, 3])):
+        metadata = pq.read_metadata(JobFolder(tmp_path / "job").relation(name))
+        assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == expected
 
 
 def test_a_template_that_fails_fails_its_row(tmp_path: Path) -> None:

@@ -47,8 +47,53 @@ def test_limit_takes_the_first_rows_across_files(tmp_path: Path) -> None:
 def test_partition_folders_become_columns(tmp_path: Path) -> None:
     write(tmp_path / "day=1" / "a.parquet", prompt=["x"])
     write(tmp_path / "day=2" / "a.parquet", prompt=["y"])
+    write(tmp_path / "a.parquet", prompt=["w"])
     rows = [row for batch in open_input(str(tmp_path)).batches(None) for row in batch.to_pylist()]
-    assert rows == [{"prompt": "x", "day": 1}, {"prompt": "y", "day": 2}]
+    assert rows == [{"prompt": "w", "day": None}, {"prompt": "x", "day": 1}, {"prompt": "y", "day": 2}]
+
+
+@pytest.mark.parametrize("stated", ["max_tokens=2/day=1/a.parquet", "max_tokens=2", "max_tokens=2/day=*/a.parquet"])
+def test_only_folders_below_what_is_stated_become_columns(tmp_path: Path, stated: str) -> None:
+    write(tmp_path / "max_tokens=2" / "day=1" / "a.parquet", prompt=["x"], max_tokens=[8])
+    rows = [row for batch in open_input(str(tmp_path / stated)).batches(None) for row in batch.to_pylist()]
+    assert rows == [{"prompt": "x", "max_tokens": 8} | ({} if stated.endswith("1/a.parquet") else {"day": 1})]
+
+
+@pytest.mark.parametrize("value", [1, "1", None])
+def test_a_partition_that_is_a_column_too_is_refused(tmp_path: Path, value: object) -> None:
+    write(tmp_path / "day=1" / "a.parquet", prompt=["x"], day=[value])
+    with pytest.raises(InputError, match=r"Column 'day' is in the input file .*a\.parquet and .* day=1"):
+        open_input(str(tmp_path))
+
+
+def test_a_column_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["x"]), pa.array(["y"])], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet has more than one column called prompt"):
+        open_input(str(tmp_path))
+
+
+def test_a_name_with_pattern_characters_is_taken_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path / "run[1]" / "a[1].parquet", prompt=["this"])
+    write(tmp_path / "run1" / "a1.parquet", prompt=["no"])
+    assert prompts(str(tmp_path / "run[1]")) == prompts(str(tmp_path / "run[1]" / "a[1].parquet")) == ["this"]
+
+
+@pytest.mark.parametrize("stated", ["", "*/*.parquet", "**/*.parquet"])
+def test_the_output_is_no_input(tmp_path: Path, stated: str) -> None:
+    write(tmp_path / "a" / "x.parquet", prompt=["x"])
+    write(tmp_path / "out" / "part-00000.parquet", prompt=["no"])
+    write(tmp_path / "out2" / "y.parquet", prompt=["y"])
+    names = open_input(str(tmp_path / stated), output=str(tmp_path / "out")).paths
+    assert [Path(name).name for name in names] == ["x.parquet", "y.parquet"]
+
+
+def test_digest_follows_partitions(tmp_path: Path) -> None:
+    first = open_input(str(write(tmp_path / "day=1" / "a.parquet", prompt=["x"]).parents[1])).digest()
+    (tmp_path / "day=1" / "a.parquet").rename(tmp_path / "day=1" / "b.parquet")
+    assert open_input(str(tmp_path)).digest() == first
+    (tmp_path / "day=1").rename(tmp_path / "day=2")
+    assert open_input(str(tmp_path)).digest() != first
 
 
 def test_digest_follows_contents_not_names(tmp_path: Path) -> None:
@@ -99,6 +144,14 @@ def test_zero_rows(tmp_path: Path) -> None:
     write(tmp_path / "x.parquet", prompt=pa.array([], pa.string()))
     with pytest.raises(InputError, match="has no rows"):
         open_input(str(tmp_path))
+
+
+def test_files_may_differ_in_what_may_be_null(tmp_path: Path) -> None:
+    never_null = pa.schema([pa.field("prompt", pa.string(), nullable=False)])
+    pq.write_table(pa.table({"prompt": ["x"]}, schema=never_null), tmp_path / "a.parquet")
+    write(tmp_path / "b.parquet", prompt=["y", None])
+    assert prompts(str(tmp_path)) == ["x", "y", None]
+    assert open_input(str(tmp_path / "a.parquet")).schema.equals(never_null)
 
 
 def test_files_that_differ_in_columns(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blendserve.errors import ReconciliationError
+from blendserve.errors import InUseError, ReconciliationError
 from blendserve.job_folder import JobFolder
-from blendserve.merge import MergedResults, merge_results
+from blendserve.merge import MergedResults, _rechunk, merge_results
 from blendserve.schemas import COMPLETIONS, REJECTED_REQUESTS, REQUESTS, SORTED_REQUESTS, TOKENIZED_REQUESTS
 
 OUTCOMES = ("succeeded", "failed", "rejected", "duplicate", "missing")
@@ -87,23 +91,47 @@ def write_part(folder: JobFolder, shard: str, rows: list[dict[str, object]]) -> 
     pq.write_table(pa.Table.from_pylist(rows, schema=COMPLETIONS), path)
 
 
+def publish(
+    folder: JobFolder, *, allow_missing: bool = True, check_lease: Callable[[], object] = lambda: None
+) -> MergedResults:
+    return merge_results(folder, allow_missing=allow_missing, check_lease=check_lease)
+
+
 def merge(folder: JobFolder) -> tuple[MergedResults, list[dict[str, object]]]:
-    merged = merge_results(folder, allow_missing=True)
+    merged = publish(folder)
     return merged, pq.read_table(folder.results).to_pylist()
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.sampled_from(OUTCOMES), max_size=30))
 def test_every_row_comes_out_once_and_counts_add_up(outcomes: list[str]) -> None:
-    with TemporaryDirectory() as root:
+    with TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blendserve.merge._BATCH_ROWS", 4)
+        patch.setattr("blendserve.merge._ROWS_PER_FILE", 8)
         folder = JobFolder(Path(root) / "job")
         lay_out(folder, outcomes)
         merged, rows = merge(folder)
+        num_rows = [pq.read_metadata(path).num_rows for path in sorted(folder.results.iterdir())]
     assert [row["n"] for row in rows] == list(range(len(outcomes) + 1))
+    texts = {"succeeded": "text {}", "duplicate": "text 0"}
+    assert [row["completion"] for row in rows] == [
+        texts[outcome].format(index) if outcome in texts else None
+        for index, outcome in enumerate(["succeeded", *outcomes])
+    ]
+    assert num_rows[:-1] == [8] * (len(outcomes) // 8) and 1 <= num_rows[-1] <= 8
     counts = dict(merged.counts)
     assert counts.pop("input_rows") == len(outcomes) + 1 == sum(counts.values())
     assert counts["duplicates_resolved"] == outcomes.count("duplicate")
     assert counts["rejected"] == outcomes.count("rejected")
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(1, 8))
+def test_rows_keep_their_order_in_tables_of_one_size(sizes: list[int], num_rows: int) -> None:
+    numbers = iter(range(sum(sizes)))
+    batches = [pa.record_batch({"n": pa.array(list(islice(numbers, size)), pa.int64())}) for size in sizes]
+    tables = list(_rechunk(iter(batches), num_rows))
+    assert [number for table in tables for number in table["n"].to_pylist()] == list(range(sum(sizes)))
+    assert all(table.num_rows == num_rows for table in tables[:-1])
 
 
 def test_what_each_outcome_looks_like(tmp_path: Path) -> None:
@@ -126,8 +154,39 @@ def test_missing_rows_stop_a_strict_merge_and_nothing_is_published(tmp_path: Pat
     folder = JobFolder(tmp_path)
     lay_out(folder, ["missing"])
     with pytest.raises(ReconciliationError, match=r"1 of 2 requests .* have no completion"):
-        merge_results(folder, allow_missing=False)
+        publish(folder, allow_missing=False)
     assert not folder.results.exists()
+
+
+def test_a_merge_that_lost_its_lease_publishes_nothing(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    lay_out(folder, [])
+
+    def fail() -> None:
+        raise InUseError("taken over")
+
+    with pytest.raises(InUseError):
+        publish(folder, check_lease=fail)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["completions", "work"]
+
+
+def test_two_merges_at_a_time_leave_whole_results(tmp_path: Path) -> None:
+    folder = JobFolder(tmp_path)
+    lay_out(folder, ["failed"] * 3)
+    with suppress(OSError):
+        publish(folder, check_lease=lambda: publish(folder))
+    assert pq.read_table(folder.results)["n"].to_pylist() == [0, 1, 2, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["completions", "results", "work"]
+
+
+def test_results_are_on_the_disk_before_they_have_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = JobFolder(tmp_path)
+    lay_out(folder, [])
+    synced: list[str] = []
+    monkeypatch.setattr("os.fsync", lambda file: synced.append(str(Path(f"/proc/self/fd/{file}").readlink())))
+    publish(folder)
+    names = [re.sub(r"\.results\.\w+\.tmp", "building", name.removeprefix(str(tmp_path))) for name in synced]
+    assert names == ["/building/part-00000.parquet", "/building", ""]
 
 
 def test_a_later_success_beats_an_earlier_failure(tmp_path: Path) -> None:
@@ -158,9 +217,19 @@ def test_without_a_single_completion(tmp_path: Path) -> None:
     assert merged.counts["missing"] == 1
 
 
+@pytest.mark.parametrize(("outcome", "ids"), [("succeeded", ["r0", "r7"]), ("duplicate", ["r7", "r1"])])
+def test_completions_of_other_requests_are_noticed(tmp_path: Path, outcome: str, ids: list[str]) -> None:
+    folder = JobFolder(tmp_path)
+    lay_out(folder, [outcome])
+    requests = pq.read_table(folder.relation("requests"))
+    pq.write_table(requests.set_column(1, REQUESTS.field("request_id"), pa.array(ids)), folder.relation("requests"))
+    with pytest.raises(ReconciliationError, match=r"row \d in .*, request 'r7', is of a request with another id"):
+        publish(folder)
+
+
 def test_a_damaged_relation_is_noticed(tmp_path: Path) -> None:
     folder = JobFolder(tmp_path)
     lay_out(folder, ["succeeded"])
     pq.write_table(pa.table({"n": [0, 1, 2]}), folder.relation("input_rows"))
     with pytest.raises(ReconciliationError):
-        merge_results(folder, allow_missing=True)
+        publish(folder)

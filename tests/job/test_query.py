@@ -88,6 +88,24 @@ def test_query_that_fails_on_a_row_or_makes_none_is_named(files: InputFiles) -> 
         rows(files, "select * from input where n > 100")
 
 
+@pytest.mark.parametrize(
+    "made", ["interval 1 day", "union_value(a := 1)", "{'a': interval 1 day}"], ids=["interval", "union", "struct"]
+)
+def test_types_that_parquet_can_not_hold_are_refused_before_the_job(files: InputFiles, made: str) -> None:
+    with pytest.raises(UsageError, match=r"makes a column 'made' of type .*, which Parquet can't hold"):
+        queried(files, f"select n, {made} as made from input")
+
+
+def test_a_damaged_file_is_not_the_querys_fault(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"prompt": [f"{number} hello" for number in range(5000)]}), path)
+    content = bytearray(path.read_bytes())
+    content[10:2000] = b"\xff" * 1990
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        rows(open_input(str(path)), "select upper(prompt) as prompt from input")
+
+
 def test_job_runs_on_what_its_query_makes(files: InputFiles, tiny_model: Path, tmp_path: Path) -> None:
     options = {"input": str(tmp_path / "in"), "output": str(tmp_path / "out"), "model": str(tiny_model)}
     spec = JobSpec(**options, sql="select body || '?' as prompt, n from input where body is not null")  # type: ignore[arg-type]

@@ -28,11 +28,18 @@ def test_a_sort_larger_than_its_memory_spills_and_cleans_up(tmp_path):
     assert list((tmp_path / "spill").iterdir()) == []
 
 
-def test_paths_are_bound_and_never_part_of_the_statement(tmp_path):
-    path = tmp_path / "it's; drop table x --.parquet"
+@pytest.mark.parametrize(
+    "folder",
+    ["it's; drop table x --", '"b"', "run[1]", "run?", "run*", "**", "request_id=q", "row_index=0/run[1]", "a\\b"],
+)
+def test_paths_are_taken_as_they_are(tmp_path, folder):
+    path = tmp_path / folder / "requests.parquet"
+    for place in (path, tmp_path / "run1" / "requests.parquet"):  # which most of the patterns match too
+        place.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"request_id": ["b", "b"], "row_index": [0, 1]}), tmp_path / "run1" / "requests.parquet")
     pq.write_table(pa.table({"request_id": ["a", "b", "a"], "row_index": [0, 1, 2]}), path)
     with open_database(tmp_path / "spill") as connection:
-        table = compute(connection, "duplicate_request_ids", parameters={"requests": str(path)})
+        table = compute(connection, "duplicate_request_ids", files={"requests": [path]})
     assert table.column("request_id").to_pylist() == ["a"]
 
 
