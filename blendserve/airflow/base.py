@@ -113,7 +113,7 @@ class FolderOperator(BlendServeOperator):
         raise NotImplementedError
 
 
-def held(place: str) -> AbstractContextManager[None]:
+def held(place: str) -> AbstractContextManager[Any]:
     """Keep other steps and other runs out of the job's folder at `place`; one that is being stopped is waited for.
 
     Raises InUseError when another one goes on.
