@@ -272,8 +272,8 @@ def _write(spec: JobSpec, files: InputFiles | QueriedFiles, rows_path: Path, req
     with RowGroupWriter(rows_path, files.schema) as rows, RowGroupWriter(requests_path, REQUESTS) as requests:
         for batch in files.batches(spec.limit):
             made = reader.read(batch, num_rows)
-            rows.write(batch)
-            requests.write(made)
+            rows.write(pa.Table.from_batches([batch]))
+            requests.write(pa.Table.from_batches([made]))
             num_rows += batch.num_rows
             num_errors += len(made) - made.column("error").null_count
     return {"num_rows": num_rows, "num_row_errors": num_errors}

@@ -10,7 +10,7 @@ there is done: calling it again only reports, which is what makes a job that was
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def run(
     On a finished job this does nothing but return the manifest with `already_done` set.
     """
     announce = on_step or (lambda _step, _result: None)
-    with working_copy(spec.output) as root, _held(spec, root) as (examined, lease):
+    with _held(spec) as (examined, lease):
         folder = examined.folder
         check_gpus(spec.gpus)
         announce("extract", _extract(examined))
@@ -70,7 +70,7 @@ def run(
 def preview(spec: JobSpec, *, on_step: Announce | None = None) -> PlanManifest:
     """Plan the job without running anything. A later `run` plans again, with the lengths that its sample shows."""
     announce = on_step or (lambda _step, _result: None)
-    with working_copy(spec.output) as root, _held(spec, root) as (examined, _):
+    with _held(spec) as (examined, _):
         folder = examined.folder
         announce("extract", _extract(examined))
         announce("tokenize", tokenize(folder.root))
@@ -265,9 +265,15 @@ def finish(root: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _held(spec: JobSpec, root: Path) -> Iterator[tuple[ExaminedJob, Lease]]:
-    examined = examine(spec, root)
-    with holding(examined.folder, spec.output) as lease:
+def _held(spec: JobSpec) -> Iterator[tuple[ExaminedJob, Lease]]:
+    """The examined job, whose folder is ours alone: a URL's from before its files are fetched until they are back."""
+    with ExitStack() as held:
+        if is_url(spec.output):
+            lease = held.enter_context(holding(JobFolder(Path(spec.output)), spec.output))
+            examined = examine(spec, held.enter_context(working_copy(spec.output)))
+        else:
+            examined = examine(spec)
+            lease = held.enter_context(holding(examined.folder))
         yield examined, lease
 
 

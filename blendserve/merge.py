@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,11 @@ from blendserve.errors import ReconciliationError
 from blendserve.job_folder import JobFolder
 from blendserve.manifest import sync
 from blendserve.planner.database import open_database, register_files
+from blendserve.row_groups import RowGroupWriter
 from blendserve.schemas import COMPLETIONS, RESULT_COLUMNS
 
-_BATCH_ROWS = 8192
-_ROWS_PER_FILE = 32 * _BATCH_ROWS
+_BATCH_ROWS = 256  # few, as a row may be a whole book
+_ROWS_PER_FILE = 1024 * _BATCH_ROWS
 _OUTCOMES = {
     "succeeded": "succeeded",
     "failed": "failed",
@@ -67,23 +69,18 @@ def merge_results(folder: JobFolder, *, allow_missing: bool, check_lease: Callab
 def _write_parts(folder: JobFolder, building: Path) -> MergedResults:
     counts = dict.fromkeys(("input_rows", *_OUTCOMES.values()), 0)
     tokens = dict.fromkeys(("num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"), 0)
-    writer: pq.ParquetWriter | None = None
-    try:
+    with ExitStack() as last_part:
         for rows, outcomes in _joined_batches(folder):
-            if writer is None or counts["input_rows"] % _ROWS_PER_FILE == 0:
-                if writer is not None:
-                    writer.close()
-                part = counts["input_rows"] // _ROWS_PER_FILE
-                writer = pq.ParquetWriter(building / f"part-{part:05d}.parquet", rows.schema)
-            writer.write_table(rows)
+            if counts["input_rows"] % _ROWS_PER_FILE == 0:
+                last_part.pop_all().close()
+                part = building / f"part-{counts['input_rows'] // _ROWS_PER_FILE:05d}.parquet"
+                writer = last_part.enter_context(RowGroupWriter(part, rows.schema))
+            writer.write(rows)
             counts["input_rows"] += rows.num_rows
             for entry in pc.value_counts(outcomes).to_pylist():
                 counts[_OUTCOMES[entry["values"]]] += entry["counts"]
             for name in tokens:
                 tokens[name] += pc.sum(rows[name]).as_py() or 0
-    finally:
-        if writer is not None:
-            writer.close()
     return MergedResults(counts, tokens)
 
 

@@ -12,11 +12,11 @@ _MAX_BYTES = 64 << 20
 
 
 class RowGroupWriter:
-    """Writes small batches as row groups: one ends with the batch that reaches a limit. A context manager."""
+    """Writes a few rows at a time as row groups: one ends with the rows that reach a limit. A context manager."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._file = pq.ParquetWriter(path, schema)
-        self._held: list[pa.RecordBatch] = []
+        self._held: list[pa.Table] = []
         self._num_rows = 0
         self._num_bytes = 0
 
@@ -30,14 +30,14 @@ class RowGroupWriter:
         finally:
             self._file.close()
 
-    def write(self, batch: pa.RecordBatch) -> None:
-        self._held.append(batch)
-        self._num_rows += batch.num_rows
-        self._num_bytes += batch.nbytes
+    def write(self, rows: pa.Table) -> None:
+        self._held.append(rows)
+        self._num_rows += rows.num_rows
+        self._num_bytes += rows.nbytes
         if self._num_rows >= _MAX_ROWS or self._num_bytes >= _MAX_BYTES:
             self._flush()
 
     def _flush(self) -> None:
         if self._held:
-            self._file.write_table(pa.Table.from_batches(self._held))
+            self._file.write_table(pa.concat_tables(self._held))
         self._held, self._num_rows, self._num_bytes = [], 0, 0

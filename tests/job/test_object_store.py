@@ -27,7 +27,7 @@ from blendserve.job_folder import JobFolder
 from blendserve.job_record import read_record
 from blendserve.lease import acquire_lease, counted_files
 from blendserve.spec import JobSpec
-from blendserve.working_copy import working_copy
+from blendserve.working_copy import _Copy, working_copy
 from tests import object_store as stores
 
 
@@ -119,6 +119,28 @@ def test_whole_job_from_object_store_to_object_store(spec: JobSpec, bucket: str)
     assert results["day"].to_pylist() == [1] * 12
     assert {"out/_SUCCESS", "out/job.json", "out/report.html", "out/manifest.json"} <= set(names(bucket))
     assert job.run(spec)["already_done"]
+
+
+def test_a_url_is_held_until_its_files_are_back(spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_at: list[str] = []
+
+    def checked(name: str) -> None:
+        step = getattr(_Copy, name)
+
+        def while_held(copy: _Copy, *arguments: Any) -> None:
+            with pytest.raises(InUseError):
+                acquire_lease(open_store(spec.output), "The job")
+            held_at.append(name)
+            step(copy, *arguments)
+
+        monkeypatch.setattr(_Copy, name, while_held)
+
+    checked("stage")
+    checked("publish")
+    job.preview(spec)
+    assert held_at == ["stage", "publish"]
+    with acquire_lease(open_store(spec.output), "The job"):
+        pass
 
 
 def test_steps_go_on_from_what_the_object_store_holds(spec: JobSpec, bucket: str) -> None:
