@@ -155,6 +155,27 @@ def test_the_cache_is_fuller_and_nothing_is_preempted() -> None:
     assert by_table.number < 0.95 * by_fronts.number and by_table.num_preempted.sum() == 0
 
 
+def test_requests_begin_when_it_is_their_time() -> None:
+    lengths = make_lengths(0)
+    table = timetable_of(lengths)
+    assert table is not None
+    scheduler = Scheduler(
+        Source(lengths, lengths.output_tokens, has_timetable=True),
+        KVCache(NUM_BLOCKS, BLOCK_SIZE, True),
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=STEP_TOKENS,
+        max_model_len=2000,
+    )
+    begun: dict[int, int] = {}
+    steps = DryRun(scheduler, lambda request: int(lengths.output_tokens[request.position])).steps()
+    for number, step in enumerate(steps):
+        for chunk in step.batch.prefills:
+            begun.setdefault(chunk.request.position, number)
+    timed = np.flatnonzero(~table.is_flexible)
+    late = np.array([begun[position] for position in timed.tolist()]) - table.starts[timed]
+    assert len(timed) > 50 and late.max() <= 2
+
+
 def test_steps_compute_evenly_whatever_decodes() -> None:
     """Few requests decode long, while many prompts that generate little are computed, 700 tokens a step in all."""
     lengths = many_prompts()
