@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from blendserve.errors import BlendServeError, InputError
 from blendserve.file_store import store_error, store_errors
+from blendserve.row_groups import FEW_ROWS
 
 _PATTERN_CHARACTERS = "*?["
-_BATCH_ROWS = 256  # few, as a row may be a whole book
 _HASH_BYTES = 1 << 22
 
 
@@ -74,7 +74,7 @@ class InputFiles:
         for part in self.dataset().get_fragments():
             partitions = pads.get_partition_keys(part.partition_expression)
             with self.filesystem.open(part.path, "rb") as file:
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS):
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=FEW_ROWS):
                     added = [
                         pa.repeat(pa.scalar(partitions.get(field.name), field.type), batch.num_rows)
                         for field in list(self.schema)[batch.num_columns :]

@@ -202,8 +202,8 @@ def merge(root: Path, *, allow_missing: bool = False) -> dict[str, Any]:
     and the manifest says `incomplete`, so that a later run can finish them. Raises InUseError when another process
     works on the job.
     """
-    folder, record = _open(root)
-    with holding(folder, record.spec.output if is_url(record.spec.output) else None) as lease:
+    output = _open(root)[1].spec.output
+    with holding(output if is_url(output) else root) as lease:
         return _merge(root, lease, allow_missing=allow_missing)
 
 
@@ -269,11 +269,11 @@ def _held(spec: JobSpec) -> Iterator[tuple[ExaminedJob, Lease]]:
     """The examined job, whose folder is ours alone: a URL's from before its files are fetched until they are back."""
     with ExitStack() as held:
         if is_url(spec.output):
-            lease = held.enter_context(holding(JobFolder(Path(spec.output)), spec.output))
+            lease = held.enter_context(holding(spec.output))
             examined = examine(spec, held.enter_context(working_copy(spec.output)))
         else:
             examined = examine(spec)
-            lease = held.enter_context(holding(examined.folder))
+            lease = held.enter_context(holding(examined.folder.root))
         yield examined, lease
 
 

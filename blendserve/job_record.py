@@ -158,14 +158,13 @@ def _discard(folder: JobFolder) -> None:
 
 
 @contextmanager
-def holding(folder: JobFolder, place: str | None = None, *, wait_seconds: float = 0.0) -> Iterator[Lease]:
-    """Hold the job, so that two runs of it can't work in its folder, or at the URL `place`, at once.
+def holding(place: str | Path, *, wait_seconds: float = 0.0) -> Iterator[Lease]:
+    """Hold the job in the folder or at the URL `place`, so that two runs of it can't work there at once.
 
     Raises InUseError when another process holds it, and still does after `wait_seconds`.
     """
-    what = f"Output folder {place or folder.root}"
-    with writing_to(folder.root):
-        lease = acquire_lease(open_store(place or folder.root), what, wait_seconds=wait_seconds)
+    with writing_to(Path(place)):
+        lease = acquire_lease(open_store(place), f"Output folder {place}", wait_seconds=wait_seconds)
     with lease:
         yield lease
 

@@ -22,11 +22,10 @@ from blendserve.errors import ReconciliationError
 from blendserve.job_folder import JobFolder
 from blendserve.manifest import sync
 from blendserve.planner.database import open_database, register_files
-from blendserve.row_groups import RowGroupWriter
+from blendserve.row_groups import FEW_ROWS, RowGroupWriter
 from blendserve.schemas import COMPLETIONS, RESULT_COLUMNS
 
-_BATCH_ROWS = 256  # few, as a row may be a whole book
-_ROWS_PER_FILE = 1024 * _BATCH_ROWS
+_ROWS_PER_FILE = 1024 * FEW_ROWS
 _OUTCOMES = {
     "succeeded": "succeeded",
     "failed": "failed",
@@ -109,10 +108,10 @@ def _joined_batches(folder: JobFolder) -> Iterator[tuple[pa.Table, pa.ChunkedArr
         connection.register("completions", pads.dataset(files, schema=COMPLETIONS, format="parquet"))
         names = ("requests", "rejected_requests", "sorted_requests", "tokenized_requests")
         register_files(connection, {name: [folder.relation(name)] for name in names})
-        results = connection.sql(blendserve_sql.read("results")).to_arrow_reader(_BATCH_ROWS)
-        chunks = _rechunk(results, _BATCH_ROWS)
+        results = connection.sql(blendserve_sql.read("results")).to_arrow_reader(FEW_ROWS)
+        chunks = _rechunk(results, FEW_ROWS)
         num_rows = 0
-        for inputs in _rechunk(input_rows.iter_batches(batch_size=_BATCH_ROWS), _BATCH_ROWS):
+        for inputs in _rechunk(input_rows.iter_batches(batch_size=FEW_ROWS), FEW_ROWS):
             chunk = next(chunks, None)
             if chunk is None or chunk["row_index"].to_pylist() != list(range(num_rows, num_rows + inputs.num_rows)):
                 raise ReconciliationError(

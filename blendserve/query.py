@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from blendserve.errors import InputError, UsageError
 from blendserve.input_files import InputFiles
+from blendserve.row_groups import FEW_ROWS
 
-_BATCH_ROWS = 256  # few, as a row may be a whole book
 _MEMORY_LIMIT = "3GiB"
 # One thread, so that rows keep their order where the query states none.
 _NUM_THREADS = 1
@@ -61,7 +61,7 @@ class QueriedFiles:
         left, is_empty = limit, True
         with _locked_database(self.files) as database:
             try:
-                for made in database.sql(self.sql).to_arrow_reader(_BATCH_ROWS):
+                for made in database.sql(self.sql).to_arrow_reader(FEW_ROWS):
                     batch = pa.RecordBatch.from_arrays(made.columns, schema=self.schema)
                     if left is not None and left <= 0:
                         return

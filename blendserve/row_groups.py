@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+FEW_ROWS = 256  # that are read at a time: a row may be a whole book
 _MAX_ROWS = 4096
 _MAX_BYTES = 64 << 20
 

@@ -30,14 +30,9 @@ _STRETCH: Final = 1.03  # by which a timetable becomes longer where requests don
 _MOST_STRETCH: Final = 3.0
 _UNDERUSED: Final = 0.4  # share of the planned use below which requests begin before their time
 # The longest requests are those within a share of the longest; the n-th of N begins at (n / N) ** power of its latest.
-_LONGEST: Final = (
-    *((1.0, 0.3), (1.0, 0.4), (1.0, 0.5), (1.0, 0.7), (0.9, 0.5), (0.9, 0.7), (0.75, 0.5), (0.75, 0.7)),
-    *(
-        (1.0, 1.0),
-        (0.75, 1.0),
-        (0.5, 1.0),
-    ),  # evenly: for far more requests than run at one time, of much the same length
-)
+_LATE: Final = ((1.0, 0.3), (1.0, 0.4), (1.0, 0.5), (1.0, 0.7), (0.9, 0.5), (0.9, 0.7), (0.75, 0.5), (0.75, 0.7))
+_EVENLY: Final = ((1.0, 1.0), (0.75, 1.0), (0.5, 1.0))  # for far more requests than run at one time, much alike
+_LONGEST: Final = _LATE + _EVENLY
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,10 +119,9 @@ def held(place: str) -> AbstractContextManager[Any]:
     Raises InUseError when another one goes on.
     """
     from blendserve.engine.shard_folder import STOP_SECONDS
-    from blendserve.job_folder import JobFolder
     from blendserve.job_record import holding
 
-    return holding(JobFolder(Path(place)), place, wait_seconds=STOP_SECONDS)
+    return holding(place, wait_seconds=STOP_SECONDS)
 
 
 class ProgressWriter:

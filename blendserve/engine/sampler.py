@@ -7,7 +7,6 @@ import hashlib
 import torch
 
 from blendserve.spec import SamplingSpec
-from blendserve_kernels.reference import MIN_TEMPERATURE
 from blendserve_kernels.sampling import greedy_checked, sample_checked
 
 
@@ -18,7 +17,7 @@ def request_seed(job_seed: int, request_id: str) -> int:
 
 
 class Sampler:
-    """Greedy at temperature 0 or hardly more, else seeded temperature, top-k and top-p sampling."""
+    """Greedy at temperature 0, else seeded temperature, top-k and top-p sampling."""
 
     def __init__(self, sampling: SamplingSpec, device: torch.device) -> None:
         self._sampling = sampling
@@ -31,7 +30,7 @@ class Sampler:
 
         seeds, positions: int64 [num_sampled]; positions is how many tokens each request has generated before this one.
         """
-        if self._sampling.temperature < MIN_TEMPERATURE:
+        if self._sampling.temperature == 0.0:
             return greedy_checked(logits)
         num_sampled = logits.shape[0]
 

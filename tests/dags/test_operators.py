@@ -39,7 +39,6 @@ from blendserve.errors import (
     StoreUnreachableError,
     UsageError,
 )
-from blendserve.job_folder import JobFolder
 from blendserve.job_record import holding
 
 
@@ -280,5 +279,5 @@ def test_a_step_keeps_out_of_a_folder_that_another_run_has_in_hand(
         "extract": ExtractOperator(task_id="extract", use_params=True),
         "tokenize": TokenizeOperator(task_id="tokenize", root=root),
     }
-    with holding(JobFolder(Path(root))), pytest.raises(InUseError, match=f"Output folder {root} is in use"):
+    with holding(root), pytest.raises(InUseError, match=f"Output folder {root} is in use"):
         steps[step].execute(context)

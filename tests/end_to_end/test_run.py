@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blendserve.job_folder import JobFolder
 from blendserve.job_record import holding
 from tests.end_to_end.command_line import (
     NUM_ROWS,
@@ -96,7 +95,7 @@ def test_plan_then_shards_then_merge(blendserve: Blendserve, requests: Path, tin
     assert "have no completion" in early.result["error"]
     for shard in planned.result["shards"]:
         assert blendserve("run-shard", planned.result["plan_dir"], shard["shard"]).status == 0
-    with holding(JobFolder(output)):
+    with holding(output):
         busy = blendserve("merge", output, "--json")
     assert (busy.status, (output / "results").exists()) == (75, False), busy.stdout
     merged = blendserve("merge", output, "--json")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.dry_run import DryRun
+from benchmarks.dry_run import DryRun, DryStep
 from blendserve.dual_scanner import DualScanner
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.request import Request
@@ -86,7 +87,7 @@ class Steps(NamedTuple):
         return len(self.num_decodes)
 
 
-def run(
+def planned_steps(
     lengths: KnownLengths,
     output_tokens: np.ndarray,
     *,
@@ -94,7 +95,7 @@ def run(
     num_blocks: int = NUM_BLOCKS,
     step_tokens: int = STEP_TOKENS,
     is_last: bool = True,
-) -> Steps:
+) -> Iterator[DryStep]:
     """The steps of all requests, from both fronts or by a timetable; `is_last`: of no other source after them."""
     scheduler = Scheduler(
         Source(lengths, output_tokens, has_timetable=has_timetable),
@@ -104,8 +105,13 @@ def run(
         max_model_len=2000,
         is_last=is_last,
     )
+    return DryRun(scheduler, lambda request: int(output_tokens[request.position])).steps()
+
+
+def run(lengths: KnownLengths, output_tokens: np.ndarray, *, step_tokens: int = STEP_TOKENS, **settings: Any) -> Steps:
+    """What `planned_steps` did, of which every request came to its end."""
     steps, ended = [], []
-    for step in DryRun(scheduler, lambda request: int(output_tokens[request.position])).steps():
+    for step in planned_steps(lengths, output_tokens, step_tokens=step_tokens, **settings):
         batch = step.batch
         steps.append((len(batch.decode_rows), batch.num_prefill_tokens, batch.num_preempted))
         assert batch.num_tokens <= step_tokens
@@ -159,16 +165,8 @@ def test_requests_begin_when_it_is_their_time() -> None:
     lengths = make_lengths(0)
     table = timetable_of(lengths)
     assert table is not None
-    scheduler = Scheduler(
-        Source(lengths, lengths.output_tokens, has_timetable=True),
-        KVCache(NUM_BLOCKS, BLOCK_SIZE, True),
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=STEP_TOKENS,
-        max_model_len=2000,
-    )
     begun: dict[int, int] = {}
-    steps = DryRun(scheduler, lambda request: int(lengths.output_tokens[request.position])).steps()
-    for number, step in enumerate(steps):
+    for number, step in enumerate(planned_steps(lengths, lengths.output_tokens)):
         for chunk in step.batch.prefills:
             begun.setdefault(chunk.request.position, number)
     timed = np.flatnonzero(~table.is_flexible)

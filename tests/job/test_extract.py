@@ -156,7 +156,7 @@ def test_a_template_sees_bytes_as_text(tmp_path: Path, kind: pa.DataType | str) 
 
 
 def test_long_rows_are_read_and_written_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blendserve.input_files._BATCH_ROWS", 2)
+    monkeypatch.setattr("blendserve.input_files.FEW_ROWS", 2)
     monkeypatch.setattr("blendserve.row_groups._MAX_ROWS", 6)
     monkeypatch.setattr("blendserve.row_groups._MAX_BYTES", 2000)
     rows = extract(tmp_path, pa.table({"n": list(range(15))}), template="x" * 600 + "{{ n }}")

@@ -178,7 +178,7 @@ def test_a_folder_without_a_job(folder: JobFolder) -> None:
 
 def _try_to_hold(folder: JobFolder, outcome: Any) -> None:
     try:
-        with holding(folder):
+        with holding(folder.root):
             outcome.put("held")
     except InUseError as error:
         outcome.put(str(error))
@@ -187,10 +187,10 @@ def _try_to_hold(folder: JobFolder, outcome: Any) -> None:
 def test_two_processes_can_not_hold_one_folder(folder: JobFolder) -> None:
     context = multiprocessing.get_context("spawn")
     outcome = context.Queue()
-    with holding(folder):
+    with holding(folder.root):
         process = context.Process(target=_try_to_hold, args=(folder, outcome))
         process.start()
         process.join()
     assert f"is in use by process {os.getpid()} on" in outcome.get(timeout=10)
-    with holding(folder):
+    with holding(folder.root):
         assert [path.name for path in folder.leases.iterdir()] == ["00001.json", "00002.json"]

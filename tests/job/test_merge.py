@@ -106,7 +106,7 @@ def merge(folder: JobFolder) -> tuple[MergedResults, list[dict[str, object]]]:
 @given(st.lists(st.sampled_from(OUTCOMES), max_size=30))
 def test_every_row_comes_out_once_and_counts_add_up(outcomes: list[str]) -> None:
     with TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blendserve.merge._BATCH_ROWS", 4)
+        patch.setattr("blendserve.merge.FEW_ROWS", 4)
         patch.setattr("blendserve.merge._ROWS_PER_FILE", 8)
         folder = JobFolder(Path(root) / "job")
         lay_out(folder, outcomes)
