@@ -1,8 +1,9 @@
-"""When each request of a shard should begin so that the KV cache is full from the first step to the last.
+"""When each request of a shard should begin so that all steps compute alike and the KV cache is full throughout.
 
 For shards whose output lengths are known, and engines that compute and read memory one after the other: what a run
 takes then depends on how many steps it has, and that on how full the cache is. Admitted greedily, long requests start
 together, fill the cache as they grow and end together, and what waited for them runs in a cache that is half empty.
+And prompts that come first leave steps to the longest outputs that read the weights for little else.
 
 The longest requests begin one after the other, the fewer the earlier, since those that began first hold most; all
 others that generate much begin where the cache has room for them for as long as they run, the longer ones first.
@@ -25,7 +26,7 @@ from blendserve.timetable_packing import Packing
 
 _MOST_PLACED: Final = 200_000  # units in all trials together, which take 5 to 25 us each
 _ROOM: Final = 0.92  # share of the cache, and of the rows, that is planned with: requests begin a few steps late
-_FILLED: Final = 0.6  # of the cache during the longest request's life, below which there is room enough anyway
+_FILLED: Final = 0.6  # of the cache during the longest request's life, below which there is room enough
 _STRETCH: Final = 1.03  # by which a timetable becomes longer where requests don't fit
 _MOST_STRETCH: Final = 3.0
 _UNDERUSED: Final = 0.4  # share of the planned use below which requests begin before their time
@@ -81,7 +82,8 @@ def make_timetable(
     max_step_tokens: int,
     least_step_tokens: int = 0,
 ) -> Timetable | None:
-    """The shortest timetable that is found; None where it is of no use: the cache is never full, or there is too much.
+    """The shortest timetable that is found; None where it is of no use: the cache has room and steps are full
+    anyway, or there is too much.
 
     max_num_seqs: requests that can run at one time. max_step_tokens: what a step can compute. least_step_tokens: what
     steps have to compute on average for a timetable to be of use.
@@ -90,11 +92,13 @@ def make_timetable(
     longest = int(lengths.output_tokens.max(initial=0))
     largest = int((lengths.prompt_tokens + lengths.output_tokens).max(initial=0))
     held = float((lengths.prompt_tokens * lengths.output_tokens + lengths.output_tokens**2 / 2).sum())
-    if largest > room or held <= _FILLED * longest * room:
-        return None
     step_tokens = min(STEP_TOKENS, max_step_tokens)
     by_memory = max(float(longest), held / room, float(lengths.output_tokens.sum()) / most_running)
     num_tokens = int(lengths.computed_tokens.sum())
+    is_full = held > _FILLED * longest * room
+    is_long = by_memory == longest and num_tokens <= longest * step_tokens
+    if largest > room or not (is_full or is_long):
+        return None
     most_steps = num_tokens / least_step_tokens if least_step_tokens else math.inf
 
     def shortest(num_tokens: int, most_steps: float) -> Timetable | None:

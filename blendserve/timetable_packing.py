@@ -106,8 +106,10 @@ class Packing:
         starts = np.minimum(share * self._num_steps, np.maximum(self._num_steps - output, 0)).astype(np.int64)
         self._starts[rows] = starts = np.minimum.accumulate(starts[::-1])[::-1]  # none after the next one
         first, end = starts // self.slot, -(-(starts + output) // self.slot)
-        held = self._lengths.prompt_tokens[rows] + output + self._unfilled
-        for total, values in ((self._used, held), (self._running, np.ones_like(held))):
+        # What is shared is held once. Of slots that a request runs through in part, it uses as much of each.
+        own = self._lengths.prompt_tokens[rows] - self._lengths.shared_tokens[rows]
+        part = np.minimum((output + 1) / ((end - first) * self.slot), 1.0)
+        for total, values in ((self._used, part * (own + output + self._unfilled)), (self._running, part)):
             changes = np.bincount(first, values, len(total)) - np.bincount(end, values, len(total))
             total += np.cumsum(changes)
 

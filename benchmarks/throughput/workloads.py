@@ -1,11 +1,12 @@
 """Makes the workloads of `run.py`: the paper's four traces, at a size for one GPU, with the order of each policy.
 
-    python benchmarks/throughput/workloads.py --output FOLDER [--size short|small|full] [--trace 1 2 3 4]
+    python benchmarks/throughput/workloads.py --output FOLDER [--size short|small|medium|full] [--trace 1 2 3 4]
 
 The recipe and the length tables are the planner's. A small trace takes about two minutes on an H100, a short one 50 s,
 so that all its requests are in the KV cache at one time, a full one over half an hour. Of short and small ones outputs
 are scaled down so that the longest takes about a third of a small run, and the mix of sources is solved anew for the
-density and sharing of each trace with those lengths; full ones keep the lengths of their sources, up to 16,384 tokens.
+density and sharing of each trace with those lengths. Medium ones, of about four minutes, and full ones keep the lengths
+of their sources, up to 4,096 and 16,384 tokens.
 A trace is a folder with requests.parquet (prompt_token_ids, output_tokens) and orders.parquet (the planner's costs and
 order).
 """
@@ -46,7 +47,12 @@ class Size(NamedTuple):
     mean_output_tokens: float | None = None
 
 
-SIZES = {"short": Size(32.0, 1536, 1000.0), "small": Size(68.0, 1536, 1000.0), "full": Size(1500.0, 16384)}
+SIZES = {
+    "short": Size(32.0, 1536, 1000.0),
+    "small": Size(68.0, 1536, 1000.0),
+    "medium": Size(160.0, 4096),
+    "full": Size(1500.0, 16384),
+}
 
 
 def draw(source: str, count: int, size: Size, seed: int = 0) -> RequestLengths:

@@ -227,11 +227,35 @@ def test_wrong_lengths_end_a_timetable_and_lose_nothing(factor: float) -> None:
     assert by_table.number <= 1.15 * by_fronts.number
 
 
-def test_none_is_made_where_the_cache_is_never_full_or_too_small() -> None:
-    lengths = make_lengths(4, 20)
-    assert timetable_of(lengths) is None
+def test_none_is_made_where_steps_and_cache_say_nothing_or_it_does_not_fit() -> None:
+    prompt, output = np.append(np.full(400, 100), 8), np.append(np.ones(400, np.int64), 120)
+    assert timetable_of(KnownLengths(prompt, output, 0 * prompt)) is None, "steps are full, and the cache has room"
     nothing = np.zeros(0, dtype=np.int64)
     assert timetable_of(KnownLengths(nothing, nothing, nothing)) is None
     ones = np.ones(150, dtype=np.int64)
     assert timetable_of(KnownLengths(50 * ones, ones, 0 * ones)) is None
     assert timetable_of(KnownLengths(2 * CAPACITY * ones, 300 * ones, 0 * ones)) is None
+
+
+def with_many_labels(num_labels: int) -> KnownLengths:
+    """A few requests that decode for long, and labels under one long prompt: each computes 20 tokens of 200."""
+    random = np.random.default_rng(0)
+    prompt = np.concatenate((np.full(num_labels, 200), np.full(60, 8)))
+    output = np.concatenate((np.ones(num_labels, np.int64), random.integers(250, 300, 60)))
+    shared = np.concatenate((np.full(num_labels, 180), np.zeros(60, np.int64)))
+    return KnownLengths(prompt, output, shared)
+
+
+def test_requests_that_share_prompts_and_end_at_once_take_no_room_from_others() -> None:
+    alone, beside = timetable_of(with_many_labels(0)), timetable_of(with_many_labels(6000))
+    assert alone is not None and beside is not None
+    assert beside.num_steps <= 1.2 * max(alone.num_steps, 6000 * 20 // STEP_TOKENS)
+
+
+def test_prompts_are_spread_over_a_long_output_that_has_room() -> None:
+    """Else all prompts would come first, and then steps that have little to compute."""
+    prompt, output = np.concatenate((np.full(2000, 100), np.full(3, 8))), np.concatenate((np.full(2000, 4), [999] * 3))
+    lengths = KnownLengths(prompt, output, np.zeros(2003, np.int64))
+    steps = run(lengths, output, num_blocks=4000, step_tokens=4096)
+    assert steps.number <= 1010
+    assert (steps.num_prefill_tokens > 0).mean() > 0.38, "the least that a step computes is 512 tokens"
