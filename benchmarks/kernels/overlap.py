@@ -31,6 +31,7 @@ import triton
 from benchmarks.kernels.measuring import BLOCK_SIZE, DTYPE, HEAD_DIM, HEADS, KV_HEADS, PROJECTIONS, median_seconds
 from blendserve_kernels.decode_attention import decode_attention, plan_decode
 from blendserve_kernels.gluon_kernels import linear
+from blendserve_kernels.gluon_kernels import prefill_attention as hopper_prefill
 from blendserve_kernels.linear_silu_and_multiply import linear_silu_and_multiply
 from blendserve_kernels.prefill_attention import plan_prefill, prefill_attention
 from blendserve_kernels.rms_norm import add_rms_norm
@@ -79,8 +80,12 @@ class NanoBatch:
         num_chunk_tokens: int,
         programs: int | None,
         limit: int | None,
+        chunk_context: int | None = None,
+        prefill_programs: int | None = None,
     ) -> None:
-        """decodes: which of the step's. limit: SMs that its products may take."""
+        """decodes: which of the step's. limit: SMs that its products may take. chunk_context: tokens up to the end of
+        its chunk, by default the chunk's. prefill_programs: SMs for the chunk's attention, all by default.
+        """
         device = layers.norm.device
         self.layers, self.limit = layers, limit
         self.num_decodes, self.num_tokens = len(decodes), len(decodes) + num_chunk_tokens
@@ -90,11 +95,12 @@ class NanoBatch:
         self.contexts = torch.full((len(decodes),), context, dtype=torch.int32, device=device)
         cache = layers.caches[0][0]
         self.plan = plan_decode(cache, self.table, self.contexts, HEADS, programs) if decodes else None
-        self.chunk = num_chunk_tokens
+        self.chunk, self.prefill_programs = num_chunk_tokens, prefill_programs
         if num_chunk_tokens:
+            chunk_context = chunk_context or num_chunk_tokens
             self.starts = torch.tensor([self.num_decodes, self.num_tokens], dtype=torch.int32, device=device)
-            self.chunk_table = torch.arange(-(-num_chunk_tokens // BLOCK_SIZE), device=device, dtype=torch.int32)[None]
-            self.chunk_context = torch.tensor([num_chunk_tokens], dtype=torch.int32, device=device)
+            self.chunk_table = torch.arange(-(-chunk_context // BLOCK_SIZE), device=device, dtype=torch.int32)[None]
+            self.chunk_context = torch.tensor([chunk_context], dtype=torch.int32, device=device)
             self.chunk_plan = plan_prefill(cache, self.starts, self.chunk_context, self.num_tokens, HEADS)
         self.x = torch.randn(self.num_tokens, HIDDEN, device=device).to(DTYPE)
         self.residual = torch.randn(self.num_tokens, HIDDEN, device=device).to(DTYPE)
@@ -114,32 +120,48 @@ class NanoBatch:
         self.q = qkv[:, : HEADS * HEAD_DIM].reshape(-1, HEADS, HEAD_DIM)
 
     def attention(self, index: int) -> None:
+        self.decode_attention(index)
+        self.prefill_attention(index)
+
+    def decode_attention(self, index: int) -> None:
+        if not self.num_decodes:
+            return
         k_cache, v_cache = self.layers.caches[index]
         rows = slice(self.num_decodes)
-        if self.num_decodes:
-            decode_attention(
-                self.q[rows],
-                k_cache,
-                v_cache,
-                self.table,
-                self.contexts,
-                SCALE,
-                plan=self.plan,
-                out=self.out[rows],
+        decode_attention(
+            self.q[rows],
+            k_cache,
+            v_cache,
+            self.table,
+            self.contexts,
+            SCALE,
+            plan=self.plan,
+            out=self.out[rows],
+        )
+
+    def prefill_attention(self, index: int) -> None:
+        if not self.chunk:
+            return
+        k_cache, v_cache = self.layers.caches[index]
+        if self.prefill_programs is not None and self.chunk_plan is not None:
+            plan = self.chunk_plan
+            plan_fields = (plan.pack, plan.list_length, plan.block_list)
+            hopper_prefill.launch(
+                self.q, k_cache, v_cache, self.chunk_table, SCALE, *plan_fields, self.out, self.prefill_programs
             )
-        if self.chunk:
-            prefill_attention(
-                self.q,
-                k_cache,
-                v_cache,
-                self.chunk_table,
-                self.starts,
-                self.chunk_context,
-                SCALE,
-                self.chunk,
-                plan=self.chunk_plan,
-                out=self.out,
-            )
+            return
+        prefill_attention(
+            self.q,
+            k_cache,
+            v_cache,
+            self.chunk_table,
+            self.starts,
+            self.chunk_context,
+            SCALE,
+            self.chunk,
+            plan=self.chunk_plan,
+            out=self.out,
+        )
 
     def after_attention(self, index: int) -> None:
         _, output, gate_up, down = self.layers.weights[index]
