@@ -27,8 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from ordered_requests import read_ordered_requests
-from workloads import sort_prompts
+from ordered_requests import read_ordered_requests, sort_prompts
 
 from benchmarks.kernels.measuring import DTYPE, HEAD_DIM, HEADS, KV_BYTES_PER_TOKEN, PROJECTIONS
 from benchmarks.kernels.overlap import Layers, NanoBatch, in_sequence

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.throughput.ordered_requests import OrderedRequests, read_ordered_requests
-from benchmarks.throughput.workloads import sort_prompts
+from benchmarks.throughput.ordered_requests import OrderedRequests, read_ordered_requests, sort_prompts
 
 CACHE_TOKENS, MAX_RUNNING, MAX_STEP_TOKENS, BLOCK = 464_000, 1024, 8192, 128
 # Groups that could be read once: at least so many tokens in common, by so many requests.

@@ -44,3 +44,16 @@ def read_ordered_requests(folder: Path, policy: str) -> OrderedRequests:
         is_two_ended=policy == "blend",
         **numbers,
     )
+
+
+def sort_prompts(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts' places in token order, and the tokens that each shares with the one before."""
+    keys = [prompt.astype(">i4").tobytes() for prompt in prompts]
+    order = np.array(sorted(range(len(prompts)), key=keys.__getitem__), dtype=np.int64)
+    shared = np.zeros(len(order), dtype=np.int64)
+    for place in range(1, len(order)):
+        before, this = prompts[order[place - 1]], prompts[order[place]]
+        length = min(len(before), len(this))
+        differs = np.flatnonzero(before[:length] != this[:length])
+        shared[place] = differs[0] if len(differs) else length
+    return order, shared

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ordered_requests import sort_prompts
 
 from blendserve.planner.database import open_database
 from blendserve.planner.performance_model import cost_constants, load_hardware, load_model_shape
@@ -87,19 +88,6 @@ def mix(density: float, sharing: float, size: Size, costs: CostModel) -> list[Re
     if (counts < 0).any():
         raise SystemExit(f"No mix has density {density} and sharing {sharing} with outputs of {size}.")
     return [draw(source, round(count), size, seed=1) for source, count in zip(SOURCES, counts, strict=True)]
-
-
-def sort_prompts(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts' places in token order, and the tokens that each shares with the one before."""
-    keys = [prompt.astype(">i4").tobytes() for prompt in prompts]
-    order = np.array(sorted(range(len(prompts)), key=keys.__getitem__), dtype=np.int64)
-    shared = np.zeros(len(order), dtype=np.int64)
-    for place in range(1, len(order)):
-        before, this = prompts[order[place - 1]], prompts[order[place]]
-        length = min(len(before), len(this))
-        differs = np.flatnonzero(before[:length] != this[:length])
-        shared[place] = differs[0] if len(differs) else length
-    return order, shared
 
 
 def orders_of(prompts: list[np.ndarray], output_tokens: np.ndarray, costs: CostModel) -> pa.Table:
