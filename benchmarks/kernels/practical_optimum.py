@@ -12,6 +12,7 @@ for over a second, as hot and as slow as the GPU gets:
 - beside: the chunk's attention on the SMs that decode attention leaves, products before and after
 - at once: decode attention on some SMs; products and the chunk's attention, which wait for nothing of it, on the others
   (ours on so many, or cuBLAS on what it finds)
+- taking turns: what a model's layers allow of that: two halves of the step, one's attention beside the other's products
 - attention, products: each alone; the longer of both is what perfect overlap would take
 
 Printed are the seconds of the whole workload, and those at the data sheet's peaks.
@@ -30,7 +31,7 @@ import torch
 from ordered_requests import read_ordered_requests, sort_prompts
 
 from benchmarks.kernels.measuring import DTYPE, HEAD_DIM, HEADS, KV_BYTES_PER_TOKEN, PROJECTIONS
-from benchmarks.kernels.overlap import Layers, NanoBatch, in_sequence
+from benchmarks.kernels.overlap import Layers, NanoBatch, in_sequence, ping_pong
 from benchmarks.kernels.power import measure
 from benchmarks.kernels.reports import Row, describe_run
 
@@ -125,6 +126,18 @@ class Step:
             batch.after_attention(index)
         self._head(batch)
 
+    def halves(self, programs: int) -> list[NanoBatch]:
+        middle = self.num_decodes // 2
+        parts = (range(middle), range(middle, self.num_decodes))
+        others = self.num_sms - programs
+        sizes = (self.chunk // 2, self.chunk_context, programs)
+        return [NanoBatch(self.layers, part, self.context, sizes[0], programs, others, *sizes[1:]) for part in parts]
+
+    def taking_turns(self, batches: list[NanoBatch]) -> None:
+        ping_pong(batches, NUM_LAYERS, self.streams)
+        for batch in batches:
+            torch.nn.functional.linear(batch.x[: batch.num_decodes * NUM_LAYERS // OF_LAYERS], self.head)
+
     def at_once(self, batch: NanoBatch) -> None:
         self._together(partial(self.attention, batch), partial(self.products, batch))
 
@@ -149,6 +162,7 @@ def measure_workload(layers: Layers, folder: Path, num_sms: int) -> Row:
     ways = {"sequential": partial(step.sequential, step.batch())}
     for programs in PROGRAMS:
         ways[f"at once, {programs}"] = partial(step.at_once, step.batch(programs, limits_products=True))
+        ways[f"taking turns, {programs}"] = partial(step.taking_turns, step.halves(programs))
     ways[f"at once, cuBLAS, {USUAL_PROGRAMS}"] = partial(step.at_once, step.batch(USUAL_PROGRAMS))
     for programs in (USUAL_PROGRAMS, PROGRAMS[-1]):
         ways[f"beside, {programs}"] = partial(step.beside, step.batch(programs))
