@@ -36,7 +36,6 @@ from blendserve.engine.scheduler import Scheduler
 from blendserve.engine.step_metrics import StepMetrics
 from blendserve.engine.upcoming import RequestSource
 from blendserve.errors import UsageError
-from blendserve.hardware_profile import ProfiledModel
 from blendserve.models.config import ModelConfig
 from blendserve.models.llama import LlamaModel
 from blendserve.models.weights import dummy_weights, load_weights
@@ -95,7 +94,7 @@ class LLMEngine:
         eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
         self._completions = CompletionMaker(Detokenizer(model_folder, sampling.stop), eos_token_ids)
         if spec.overlap == "on" and device.type == "cuda" and not limits.is_batch_invariant:
-            overlap = overlap or overlap_policy(self.device_name, ProfiledModel.of(config))
+            overlap = overlap or overlap_policy(self.device_name, config)
         model = self._load_model(model_folder, spec, dtype, device)
         bytes_per_block = block_bytes(config, limits.block_size, dtype)
         num_blocks = spec.num_blocks or self._size_cache(model, bytes_per_block, max_useful_tokens, max_requests)

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from blendserve.job_folder import JobFolder
 from blendserve.manifest import PlanManifest, StepCosts
+from blendserve.models.config import ModelShape
 from blendserve.planner.database import open_database, write_relation
 from blendserve.planner.learning_inputs import learning_inputs
 from blendserve.planner.length_history import recall
 from blendserve.planner.output_lengths import SOURCES, OutputLengths, RememberedLengths, estimate_output_lengths
 from blendserve.planner.performance_model import (
     Hardware,
-    ModelShape,
     as_achieved,
     cost_constants,
     load_hardware,

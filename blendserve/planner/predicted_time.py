@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from blendserve.planner.performance_model import Hardware, ModelShape, step_floor_seconds, step_overhead_seconds
+from blendserve.models.config import ModelShape
+from blendserve.planner.performance_model import Hardware, step_floor_seconds, step_overhead_seconds
 
 
 def predict_seconds(

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from blendserve.planner.performance_model import Hardware, ModelShape
+from blendserve.models.config import ModelShape
+from blendserve.planner.performance_model import Hardware
 from blendserve.planner.schedule import CostModel, PlannedRequests, schedule_requests
 from blendserve.planner.simulate import POLICIES, capacity_tokens, simulated_machine
 from blendserve.planner.simulated_job import SimulatedJob

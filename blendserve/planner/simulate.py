@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blendserve.errors import InputError, UsageError
+from blendserve.models.config import ModelShape
 from blendserve.planner.database import open_database
 from blendserve.planner.performance_model import (
     Hardware,
-    ModelShape,
     cost_constants,
     load_hardware,
     load_model_shape,
