@@ -41,7 +41,8 @@ from blendserve.planner.performance_model import (
     load_model_shape,
     step_floor_seconds,
 )
-from blendserve.planner.plan import make_plan, plan_hardware
+from blendserve.planner.plan import make_plan
+from blendserve.planner.planned_engine import plan_hardware
 from blendserve.planner.requests import compute_costs
 from blendserve.planner.sample import write_sample_plan
 from blendserve.planner.simulate import simulated_machine

@@ -39,6 +39,10 @@ class Hardware:
     profile: HardwareProfile | None = None
     warnings: tuple[str, ...] = ()
 
+    @property
+    def is_cpu(self) -> bool:
+        return self.name.endswith("cpu")
+
     def seconds(self, compute_seconds: float, memory_seconds: float) -> float:
         """How long compute and memory work take that run side by side as far as this device can."""
         shorter, longer = sorted((compute_seconds, memory_seconds))
@@ -171,7 +175,7 @@ def load_hardware(name: str, *, device: str = "auto", model: ModelShape | None =
 
 def as_achieved(hardware: Hardware, model: ModelShape) -> Hardware:
     """`hardware` by what the engine gets out of a GPU instead of its peak rates; as it is where that was measured."""
-    if hardware.basis != "data_sheet" or hardware.name.endswith("cpu"):
+    if hardware.basis != "data_sheet" or hardware.is_cpu:
         return hardware
     warnings = hardware.warnings
     if not hardware.name.endswith("h100"):

@@ -17,13 +17,14 @@ def summarize(
     states: RequestStates,
     lengths: OutputLengths,
     hardware: Hardware,
+    *,
     cache_tokens: int,
+    has_prefix_cache: bool,
     predicted_seconds: float,
 ) -> dict[str, Any]:
     """Counts, sharing (of prompt tokens), densities (compute over memory time), seconds, and warnings.
 
-    `cache_tokens`: what the KV cache of `hardware` holds beside the model's weights. `predicted_seconds`: of all
-    shards together.
+    `cache_tokens`: what the KV cache holds on `hardware`. `predicted_seconds`: of all shards together.
     """
     schedule, rows = scheduled.schedule, scheduled.rows
     num_prompt_tokens = int(states.num_prompt_tokens[rows].sum())
@@ -37,6 +38,7 @@ def summarize(
         "num_prompt_tokens": num_prompt_tokens,
         "estimated_output_tokens": int(scheduled.estimated_output_tokens.sum(dtype=np.int64)),
         "output_length_sources": {str(name): int(count) for name, count in zip(SOURCES, sources, strict=True)},
+        "has_prefix_cache": has_prefix_cache,
         "prefix_sharing_optimal": schedule.shared_tokens_optimal / max(num_prompt_tokens, 1),
         "prefix_sharing": int(schedule.shared_prefix_tokens.sum()) / max(num_prompt_tokens, 1),
         "density": compute / memory if memory > 0 else 0.0,
@@ -63,7 +65,9 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
         warnings.append("Memory-bound throughout: every request spends more time on memory; blending can't help.")
     if summary["density_right"] > 1:
         warnings.append("Compute-bound throughout: every request spends more time on compute; blending can't help.")
-    if summary["prefix_sharing_optimal"] < 0.01:
+    if not summary["has_prefix_cache"]:
+        warnings.append("There is no prefix cache: what prompts share is computed for each of them.")
+    elif summary["prefix_sharing_optimal"] < 0.01:
         warnings.append("The prompts share nearly nothing: the order can't save prefill work.")
     if summary["does_not_fit"]:
         warnings.append(f"The model's weights fill the memory of {summary['hardware']}: name hardware that holds them.")

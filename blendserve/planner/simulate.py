@@ -37,7 +37,7 @@ from blendserve.spec import Policy
 
 POLICIES: Final[tuple[Policy, ...]] = get_args(Policy)
 _USABLE_MEMORY = 0.95  # of the device; the rest is activations and the runtime
-MAX_BATCHED_TOKENS: Final = 8192  # of the engine on a GPU
+_MAX_BATCHED_TOKENS: Final = 8192  # of the engine on a GPU
 _MAX_OVERLAPPED_TOKENS: Final = 2048
 
 
@@ -104,7 +104,7 @@ def simulated_machine(shape: ModelShape, device: Hardware, *, is_overlapped: boo
         step_seconds=step_floor_seconds(shape, device),
         overhead_seconds=step_overhead_seconds(device),
         capacity_tokens=capacity,
-        max_batched_tokens=_MAX_OVERLAPPED_TOKENS if is_overlapped else MAX_BATCHED_TOKENS,
+        max_batched_tokens=_MAX_OVERLAPPED_TOKENS if is_overlapped else _MAX_BATCHED_TOKENS,
         interference=_interference(device) if is_overlapped else 1.0,
     )
 
