@@ -200,6 +200,8 @@ def test_reasons_are_grouped_without_numbers_and_quotes(job) -> None:
         *(f"the prompt has {length} tokens, more than 2048" for length in range(3000, 3050)),
         "column 'prompt', which the template names, is null",
         "the template fails on this row: ValueError: invalid literal: 'my secret text'",
+        "the template fails on this row: ValueError: invalid literal: " + repr('it\'s a "secret" text'),
+        "the row can't be read: 'my secret text' isn't one",
     )
     job.write()
     errors = group_errors(read_job(job.folder))
@@ -210,7 +212,9 @@ def test_reasons_are_grouped_without_numbers_and_quotes(job) -> None:
     texts = [reason.text for reason in errors.reasons]
     assert "column 'prompt', which the template names, is null" in texts
     assert "the template fails on this row: ValueError: invalid literal: ‘…’" in texts
-    assert sum(reason.num_rows for reason in errors.reasons) == 53
+    assert "the row can't be read: ‘…’ isn't one" in texts
+    assert not any("secret" in text or "it" in text.split() for text in texts)
+    assert sum(reason.num_rows for reason in errors.reasons) == 55
     assert errors.num_others == 0
 
 
