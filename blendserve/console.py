@@ -14,6 +14,7 @@ import rich.text
 
 from blendserve.doctor import Finding
 from blendserve.engine_process import Progress
+from blendserve.report.number_format import format_ratio
 
 _SUMMARY_LABELS = {
     "num_requests": "requests to run",
@@ -148,5 +149,5 @@ def plan_table(summary: dict[str, Any]) -> rich.table.Table:
 
 def _shown(key: str, value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.1%}" if key.startswith("prefix_sharing") else f"{value:,.3g}"
+        return f"{value:.1%}" if key.startswith("prefix_sharing") else format_ratio(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
