@@ -73,10 +73,10 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
         warnings.append(f"The model's weights fill the memory of {summary['hardware']}: name hardware that holds them.")
     if summary["num_too_long"]:
         warnings.append(
-            f"{summary['num_too_long']} prompts are longer than the KV cache of {summary['hardware']}: the engine will "
-            "give them back as failed."
+            f"Longer than the KV cache of {summary['hardware']}: {summary['num_too_long']:,} prompt(s), which the "
+            "engine will give back as failed."
         )
     unknown = summary["output_length_sources"]["max_tokens"]
     if unknown:
-        warnings.append(f"Output length unknown for {unknown} requests: planned with their max_tokens.")
+        warnings.append(f"Output length unknown: {unknown:,} request(s), planned with their max_tokens.")
     return warnings

@@ -365,8 +365,15 @@ def test_a_job_on_one_side_says_that_blending_cannot_help(tmp_path, hint, warnin
 def test_a_prompt_longer_than_the_cache_is_said_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("blendserve.planner.planned_engine.capacity_tokens", lambda shape, hardware: 100)
     _, _, manifest = run_planner(tmp_path, [[1] * 200, [2, 3]], hints=[5, 5])
-    assert any("1 prompts are longer than the KV cache of cpu" in text for text in manifest.summary["warnings"])
+    assert any("Longer than the KV cache of cpu: 1 prompt(s)" in text for text in manifest.summary["warnings"])
     assert sum(shard.num_requests for shard in manifest.shards) == 2
+
+
+@pytest.mark.parametrize("options", [{"ignore_eos": True}, {"max_tokens": 1}])
+def test_lengths_that_can_be_no_other_are_not_unknown(tmp_path, options):
+    _, _, manifest = run_planner(tmp_path, [[1], [2, 3]], max_tokens=options.pop("max_tokens", 9), **options)
+    assert manifest.summary["output_length_sources"]["fixed"] == 2
+    assert not any("unknown" in text for text in manifest.summary["warnings"])
 
 
 def test_a_cache_of_stated_size_is_too_small_for_what_the_plan_says(tmp_path):
