@@ -112,16 +112,22 @@ def load_profile(path: Path) -> HardwareProfile:
         ) from error
 
 
-def stored_profiles() -> Iterator[tuple[Path, HardwareProfile]]:
-    """The profiles that were measured here, with their files."""
+def stored_profiles() -> Iterator[tuple[Path, HardwareProfile | None]]:
+    """The files of the profiles that were measured here, with what they hold; None: it can't be read any more."""
     for path in sorted(PROFILES.expanduser().glob("*.json")):
-        yield path, load_profile(path)
+        try:
+            yield path, load_profile(path)
+        except UsageError:
+            yield path, None
 
 
 def stored_profile(device: str, shape: ModelShape) -> HardwareProfile | None:
     """What was measured here on the GPU that the driver calls `device`, with a model of this shape."""
     model = ProfiledModel.of(shape)
-    return next((found for _, found in stored_profiles() if (found.device, found.model) == (device, model)), None)
+    for _, profile in stored_profiles():
+        if profile is not None and (profile.device, profile.model) == (device, model):
+            return profile
+    return None
 
 
 def write_profile(path: Path, profile: HardwareProfile) -> None:

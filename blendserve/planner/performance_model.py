@@ -224,10 +224,10 @@ def _visible_hardware(model: ModelShape | None) -> Hardware:
         return BUILT_IN_HARDWARE["cpu"]
     if model is not None and (profile := stored_profile(gpu, model)):
         return _profiled_hardware(profile, model)
-    ignored = [
-        f"Profile {path.name} is of another GPU or model ({profile.device}): not used."
-        for path, profile in stored_profiles()
-    ]
+    ignored = []
+    for path, profile in stored_profiles():
+        what = f"of another GPU or model ({profile.device})" if profile else "no valid profile"
+        ignored.append(f"Profile {path.name} is {what}: not used.")
     name = _built_in_name(gpu)
     if name is None:
         ignored.append(
