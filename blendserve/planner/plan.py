@@ -154,8 +154,10 @@ def _manifest(
         summary={},
     )
     plan_id = plan_id_of(draft.model_dump_json(), scheduled, states)
-    shards = shard_plans(scheduled, states, plan_id, predictor(spec, shape, hardware))
-    seconds = sum(shard.predicted_seconds for shard in shards)
+    shards, overlapped = (
+        shard_plans(scheduled, states, plan_id, predictor(spec, shape, device))
+        for device in (hardware, replace(hardware, interference=0.0))
+    )
     summary = summarize(
         scheduled,
         states,
@@ -163,7 +165,8 @@ def _manifest(
         hardware,
         cache_tokens=cache_tokens(spec, shape, hardware),
         has_prefix_cache=planned_limits(spec, hardware).has_prefix_cache,
-        predicted_seconds=seconds,
+        predicted_seconds=sum(shard.predicted_seconds for shard in shards),
+        overlapped_seconds=sum(shard.predicted_seconds for shard in overlapped),
     )
     return draft.model_copy(update={"plan_id": plan_id, "shards": shards, "summary": summary})
 

@@ -21,10 +21,12 @@ def summarize(
     cache_tokens: int,
     has_prefix_cache: bool,
     predicted_seconds: float,
+    overlapped_seconds: float,
 ) -> dict[str, Any]:
     """Counts, sharing (of prompt tokens), densities (compute over memory time), seconds, and warnings.
 
-    `cache_tokens`: what the KV cache holds on `hardware`. `predicted_seconds`: of all shards together.
+    `cache_tokens`: what the KV cache holds on `hardware`. `predicted_seconds`: of all shards together;
+    `overlapped_seconds`: the same if compute and memory work didn't slow each other down.
     """
     schedule, rows = scheduled.schedule, scheduled.rows
     num_prompt_tokens = int(states.num_prompt_tokens[rows].sum())
@@ -48,7 +50,7 @@ def summarize(
         "memory_seconds": memory,
         "bound_seconds": max(schedule.ideal_compute_seconds, memory),
         "predicted_seconds": predicted_seconds,
-        "overlapped_seconds": max(compute, memory),
+        "overlapped_seconds": overlapped_seconds,
         "num_shards": schedule.num_shards,
         "hardware": hardware.name,
         "num_too_long": int((states.num_prompt_tokens[rows] >= cache_tokens).sum()) if cache_tokens > 0 else 0,

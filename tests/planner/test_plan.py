@@ -123,7 +123,7 @@ def test_blend_sorts_by_density_and_keeps_the_sharing(tmp_path):
     assert summary["density_left"] > summary["density"] > summary["density_right"]
     # Predicted is what the engine does: without a profile that says otherwise, one kind of work after the other.
     assert summary["predicted_seconds"] == summary["compute_seconds"] + summary["memory_seconds"]
-    assert summary["overlapped_seconds"] == max(summary["compute_seconds"], summary["memory_seconds"])
+    assert summary["overlapped_seconds"] >= max(summary["compute_seconds"], summary["memory_seconds"]) * (1 - 1e-9)
     assert summary["overlapped_seconds"] >= summary["bound_seconds"] * (1 - 1e-9)
 
 
@@ -269,7 +269,9 @@ def test_a_plan_says_the_same_time_in_all_places_whatever_the_engine_is_allowed(
     folder = write_job(tmp_path / "job", prompts, max_tokens=1000, hints=hints)
     analyze(folder, dedupe=True)
     spec, model = make_spec(folder, hardware="h100", **options), write_model(tmp_path / "model", **LARGE)
-    predicted = make_plan(folder, spec, model).summary["predicted_seconds"]
+    summary = make_plan(folder, spec, model).summary
+    predicted = summary["predicted_seconds"]
+    assert predicted / 2 <= summary["overlapped_seconds"] <= predicted
     compared = compare_policies(folder, spec, model)["policies"]
     drawn = pq.read_table(folder.relation("predicted_usage"))
     for policy in POLICIES:
