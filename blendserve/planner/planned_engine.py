@@ -52,6 +52,7 @@ def planned_machine(spec: JobSpec, shape: ModelShape, hardware: Hardware) -> Sim
         capacity_tokens=cache_tokens(spec, shape, hardware),
         max_batched_tokens=limits.max_num_batched_tokens,
         max_num_seqs=limits.max_num_seqs,
+        block_size=limits.block_size,
         unplanned_batched_tokens=None,
     )
 

@@ -306,6 +306,18 @@ def test_policies_are_compared_on_as_many_gpus_as_the_job_has(tmp_path):
     assert blend["device_hours"] > 1.5 * blend["seconds"] / 3600
 
 
+def test_small_blocks_leave_less_of_the_cache_unfilled(tmp_path):
+    prompts, hints = three_kinds(300)
+    folder = write_job(tmp_path / "job", prompts, max_tokens=1000, hints=hints)
+    analyze(folder, dedupe=True)
+    model = write_model(tmp_path / "model", **LARGE)
+    large, small = (
+        compare_policies(folder, make_spec(folder, hardware="h100", num_blocks=12_800 // size, block_size=size), model)
+        for size in (128, 16)
+    )
+    assert small["policies"]["blend"]["seconds"] < 0.95 * large["policies"]["blend"]["seconds"]
+
+
 def test_the_promised_time_is_that_of_the_engine_as_it_will_run(tmp_path):
     prompts, hints = three_kinds(120)
     folder = write_job(tmp_path / "job", prompts, max_tokens=1000, hints=hints)
