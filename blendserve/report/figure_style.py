@@ -21,7 +21,8 @@ LEFT, RIGHT = "var(--left)", "var(--right)"  # compute-heavy and memory-heavy: t
 LEFT_AREA, RIGHT_AREA = "var(--left-area)", "var(--right-area)"
 PLANNED, REAL = "var(--planned)", "var(--left)"
 MAX_POINTS = 2_000
-SECONDS_HOVER = ",.5~r"  # five digits are as many as anyone can tell apart on an axis
+# Five digits are as many as anyone can tell apart on an axis; tooltips have the unit too.
+SECONDS_AXIS = {"hoverformat": ",.5~r", "ticksuffix": " s", "showticksuffix": "last"}
 _SAME = 1.001  # times as much
 _LEAST_TICKS = 3  # that are seen
 

@@ -20,7 +20,7 @@ from blendserve.report.figure_style import (
     PLANNED,
     RIGHT,
     RIGHT_AREA,
-    SECONDS_HOVER,
+    SECONDS_AXIS,
     Chart,
     style,
 )
@@ -177,7 +177,7 @@ def _figure(timeline: Timeline) -> go.Figure:
     figure.update_yaxes(rangemode="tozero", tickformat="~s", nticks=5)
     figure.update_yaxes(tickformat=".0%", row=4, col=1)
     figure.update_yaxes(ticksuffix="s", row=len(_PANELS), col=1)
-    figure.update_xaxes(hoverformat=SECONDS_HOVER)
+    figure.update_xaxes(**SECONDS_AXIS)
     figure.update_xaxes(title_text="seconds of engine time", row=len(_PANELS), col=1)
     if len(timeline.run_starts) > 1:
         _mark_runs(figure, timeline)

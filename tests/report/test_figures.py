@@ -194,6 +194,8 @@ def test_tooltips_have_the_units_of_their_axes(job) -> None:
     job.step_costs = StepCosts(seconds_per_token=1e-4, seconds_per_sampled_token=1e-5, seconds_per_kv_byte=1e-9)
     job.write()
     files = read_job(job.folder)
+    for chart in (draw_usage(files), draw_predicted_usage(files)):
+        assert json.loads(chart.data)["layout"]["xaxis"]["ticksuffix"] == " s"
     formats = {trace["name"]: trace["hovertemplate"] for trace in traces(draw_usage(files))}
     assert formats["prefill"].startswith("%{y:,.1~f} ")
     assert formats["compute"].startswith("%{y:.0%} ")
