@@ -31,6 +31,7 @@ def compare_policies(folder: JobFolder, spec: JobSpec, model_folder: Path) -> di
     hardware = plan_hardware(spec, model_folder)
     shape = load_model_shape(model_folder)
     machine = planned_machine(spec, shape, hardware)
+    gpus = min(spec.gpus, spec.shards or spec.gpus)
     with open_database(folder.work) as database:
         states = read_request_states(database, folder)
         rows = rows_to_run(states)
@@ -40,11 +41,11 @@ def compare_policies(folder: JobFolder, spec: JobSpec, model_folder: Path) -> di
         costs = partial(compute_costs, database, cost_constants(shape, hardware))
         runs = {}
         for policy in POLICIES:
-            schedule = schedule_requests(requests, policy=policy, seed=spec.seed, num_shards=spec.gpus, costs=costs)
+            schedule = schedule_requests(requests, policy=policy, seed=spec.seed, num_shards=gpus, costs=costs)
             results = run_schedule(job, schedule, machine)
             device_hours = sum(result.seconds for result in results) / 3600
             runs[policy] = {**summarize_run(results), "device_hours": device_hours}
             if spec.device_hour_price is not None:
                 runs[policy]["cost"] = device_hours * spec.device_hour_price
-        bound = bound_seconds(job, costs) / spec.gpus
+        bound = bound_seconds(job, costs) / gpus
     return {"policies": runs, "prefix_sharing_optimal": job.prefix_sharing, "bound_seconds": bound}

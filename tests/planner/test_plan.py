@@ -300,6 +300,7 @@ def test_policies_are_compared_on_as_many_gpus_as_the_job_has(tmp_path):
 
     one, two = compared(), compared(gpus=2)
     assert compared(shards=4) == one
+    assert compared(shards=1, gpus=2) == one  # a shard runs on one GPU
     assert two["bound_seconds"] == one["bound_seconds"] / 2
     blend = two["policies"]["blend"]
     assert two["bound_seconds"] < blend["seconds"] < one["policies"]["blend"]["seconds"]
