@@ -14,6 +14,7 @@ import rich.text
 
 from blendserve.doctor import Finding
 from blendserve.engine_process import Progress
+from blendserve.report.number_format import format_ratio
 
 _SUMMARY_LABELS = {
     "num_requests": "requests to run",
@@ -124,9 +125,9 @@ class Console:
         for policy, run in found["policies"].items():
             sharing = f"{run['prefix_sharing']:.1%}"
             rate = f"{run['tokens_per_second']:,.0f}"
-            shown = [f"{run['seconds']:,.1f}", rate, sharing, f"{run['num_preemptions']:,}"]
-            table.add_row(policy, *shown, *(f"{run[name]:,.2f}" for name in costs))
-        table.add_row("bound", f"{found['bound_seconds']:,.1f}", "", f"{found['prefix_sharing_optimal']:.1%}", "")
+            shown = [format_ratio(run["seconds"]), rate, sharing, f"{run['num_preemptions']:,}"]
+            table.add_row(policy, *shown, *(format_ratio(run[name]) for name in costs))
+        table.add_row("bound", format_ratio(found["bound_seconds"]), "", f"{found['prefix_sharing_optimal']:.1%}", "")
         self._out.print(table)
 
     def findings(self, findings: list[Finding]) -> None:
@@ -148,5 +149,5 @@ def plan_table(summary: dict[str, Any]) -> rich.table.Table:
 
 def _shown(key: str, value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.1%}" if key.startswith("prefix_sharing") else f"{value:,.3g}"
+        return f"{value:.1%}" if key.startswith("prefix_sharing") else format_ratio(value)
     return f"{value:,}" if isinstance(value, int) else str(value)

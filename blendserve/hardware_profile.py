@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blendserve.errors import UsageError
 from blendserve.manifest import write_manifest
+from blendserve.models.config import ModelShape
 
 PROFILES: Final = Path("~/.cache/blendserve/profiles")  # where the profiler writes and the planner looks
 
@@ -53,9 +54,8 @@ class ProfiledModel(_Profile):
     vocab_size: int
 
     @classmethod
-    def of(cls, sizes: object) -> ProfiledModel:
-        """The sizes of what has them as attributes of these names."""
-        return cls(**{name: getattr(sizes, name) for name in cls.model_fields})
+    def of(cls, shape: ModelShape) -> ProfiledModel:
+        return cls(**{name: getattr(shape, name) for name in cls.model_fields})
 
 
 class SideBySide(_Profile):
@@ -112,10 +112,22 @@ def load_profile(path: Path) -> HardwareProfile:
         ) from error
 
 
-def stored_profiles() -> Iterator[tuple[Path, HardwareProfile]]:
-    """The profiles that were measured here, with their files."""
+def stored_profiles() -> Iterator[tuple[Path, HardwareProfile | None]]:
+    """The files of the profiles that were measured here, with what they hold; None: it can't be read any more."""
     for path in sorted(PROFILES.expanduser().glob("*.json")):
-        yield path, load_profile(path)
+        try:
+            yield path, load_profile(path)
+        except UsageError:
+            yield path, None
+
+
+def stored_profile(device: str, shape: ModelShape) -> HardwareProfile | None:
+    """What was measured here on the GPU that the driver calls `device`, with a model of this shape."""
+    model = ProfiledModel.of(shape)
+    for _, profile in stored_profiles():
+        if profile is not None and (profile.device, profile.model) == (device, model):
+            return profile
+    return None
 
 
 def write_profile(path: Path, profile: HardwareProfile) -> None:

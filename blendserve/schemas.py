@@ -67,7 +67,7 @@ PREFIX_NODES = _schema(
     ("num_requests", pa.int64(), False),
 )
 
-# plan. source: hint, sample, history or max_tokens (nothing better known).
+# plan. source: fixed (it can be no other), hint, sample, history or max_tokens (nothing better known).
 OUTPUT_LENGTH_ESTIMATES = _schema(
     ("row_index", pa.int64(), False),
     ("estimated_output_tokens", pa.int32(), False),

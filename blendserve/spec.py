@@ -19,7 +19,6 @@ Policy = Literal["blend", "dfs", "fcfs", "random", "longest"]
 RowErrorPolicy = Literal["continue", "fail"]
 DEFAULT_MODEL = "smollm2"
 _LEAST_TEMPERATURE = 1e-5  # logits divided by less leave the range of float32
-CPU_NUM_SEQS, GPU_NUM_SEQS = 64, 1024  # requests that run at one time where the job states no number
 
 
 class _Spec(BaseModel):

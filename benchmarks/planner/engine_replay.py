@@ -31,17 +31,18 @@ from blendserve.engine.scheduler import Scheduler
 from blendserve.engine.shard_reader import ShardReader
 from blendserve.hardware_profile import AffineFit, HardwareProfile, ProfiledModel, write_profile
 from blendserve.job_folder import JobFolder
+from blendserve.models.config import ModelShape
 from blendserve.planner.analyze import analyze
 from blendserve.planner.database import open_database
 from blendserve.planner.performance_model import (
     Hardware,
-    ModelShape,
     cost_constants,
     load_hardware,
     load_model_shape,
     step_floor_seconds,
 )
-from blendserve.planner.plan import make_plan, plan_hardware
+from blendserve.planner.plan import make_plan
+from blendserve.planner.planned_engine import plan_hardware
 from blendserve.planner.requests import compute_costs
 from blendserve.planner.sample import write_sample_plan
 from blendserve.planner.simulate import simulated_machine

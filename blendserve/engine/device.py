@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -10,7 +9,7 @@ import torch
 
 from blendserve.errors import UsageError
 from blendserve.models.config import ModelConfig
-from blendserve.spec import CPU_NUM_SEQS, GPU_NUM_SEQS, EngineSpec
+from blendserve.spec import EngineSpec
 
 # Of the RAM that is free when the engine starts, or of what its container may have: other processes live there too.
 _CPU_MEMORY_SHARE = 0.25
@@ -32,35 +31,6 @@ def resolve_dtype(engine: EngineSpec, device: torch.device) -> torch.dtype:
     if engine.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[engine.dtype]
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """The sizes that a spec leaves to the device, and what its wish for determinism means there."""
-
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    has_prefix_cache: bool = True
-    is_batch_invariant: bool = False  # all products and reductions: a row doesn't depend on the others
-
-
-def resolve_limits(engine: EngineSpec, device: torch.device) -> EngineLimits:
-    """What `engine` states, else what suits the device: a GPU is filled by a thousand requests in large blocks.
-
-    A GPU has kernels whose rows don't depend on one another. A CPU's libraries promise no such thing, so there a
-    deterministic request runs alone and computes its whole prompt.
-    """
-    is_gpu = device.type == "cuda"
-    block_size, num_seqs, num_tokens = (128, GPU_NUM_SEQS, 8192) if is_gpu else (16, CPU_NUM_SEQS, 512)
-    runs_alone = engine.deterministic and not is_gpu
-    return EngineLimits(
-        block_size=engine.block_size or block_size,
-        max_num_seqs=1 if runs_alone else engine.max_num_seqs or num_seqs,
-        max_num_batched_tokens=num_tokens if runs_alone else engine.max_num_batched_tokens or num_tokens,
-        has_prefix_cache=engine.prefix_cache and not runs_alone,
-        is_batch_invariant=engine.deterministic and is_gpu,
-    )
 
 
 def describe_device(device: torch.device) -> str:

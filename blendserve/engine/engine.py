@@ -22,7 +22,6 @@ from blendserve.engine.device import (
     is_out_of_memory,
     resolve_device,
     resolve_dtype,
-    resolve_limits,
 )
 from blendserve.engine.kv_cache import KVCache
 from blendserve.engine.memory_profile import profile_activation_bytes
@@ -35,8 +34,8 @@ from blendserve.engine.scheduled_batch import ScheduledBatch
 from blendserve.engine.scheduler import Scheduler
 from blendserve.engine.step_metrics import StepMetrics
 from blendserve.engine.upcoming import RequestSource
+from blendserve.engine_limits import resolve_limits
 from blendserve.errors import UsageError
-from blendserve.hardware_profile import ProfiledModel
 from blendserve.models.config import ModelConfig
 from blendserve.models.llama import LlamaModel
 from blendserve.models.weights import dummy_weights, load_weights
@@ -91,11 +90,11 @@ class LLMEngine:
         dtype = resolve_dtype(spec, device)
         self.device_name = describe_device(device)
         self.max_model_len = min(spec.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
-        self.limits = limits = resolve_limits(spec, device)
+        self.limits = limits = resolve_limits(spec, is_gpu=device.type == "cuda")
         eos_token_ids = () if sampling.ignore_eos else config.eos_token_ids
         self._completions = CompletionMaker(Detokenizer(model_folder, sampling.stop), eos_token_ids)
         if spec.overlap == "on" and device.type == "cuda" and not limits.is_batch_invariant:
-            overlap = overlap or overlap_policy(self.device_name, ProfiledModel.of(config))
+            overlap = overlap or overlap_policy(self.device_name, config)
         model = self._load_model(model_folder, spec, dtype, device)
         bytes_per_block = block_bytes(config, limits.block_size, dtype)
         num_blocks = spec.num_blocks or self._size_cache(model, bytes_per_block, max_useful_tokens, max_requests)

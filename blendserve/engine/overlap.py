@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from blendserve.hardware_profile import ProfiledModel, SideBySide, stored_profiles
+from blendserve.hardware_profile import SideBySide, stored_profile
+from blendserve.models.config import ModelShape
 
 _LEAST_GAIN = 1.02  # what two measurements of one step may differ by
 _NEAR = 1.3  # a step is like a measured one where it has up to so many times its prefill tokens, or that part of them
@@ -41,17 +42,17 @@ def _is_like(measured: SideBySide, num_kv_tokens: int, num_prefill_tokens: int) 
     return num_kv_tokens * _NEAR >= measured.num_kv_tokens and prefill / _NEAR <= num_prefill_tokens <= prefill * _NEAR
 
 
-def overlap_policy(device_name: str, model: ProfiledModel) -> OverlapPolicy | None:
+def overlap_policy(device_name: str, shape: ModelShape) -> OverlapPolicy | None:
     """What the stored profile of this GPU and model says; None where it says that nothing pays, or there is none."""
-    for _, profile in stored_profiles():
-        if profile.device == device_name and profile.model == model:
-            paying = tuple(step for step in profile.side_by_side if step.gain >= _LEAST_GAIN)
-            if not paying:
-                log.info("overlap is on, but the profile of %s has no step that gains by it", device_name)
-            return OverlapPolicy(paying) if paying else None
-    log.warning(
-        "overlap is on, but no profile says where it pays for this model on %s, so every step runs in one piece; "
-        "measure one: python -m blendserve.engine.profiler MODEL_FOLDER",
-        device_name,
-    )
-    return None
+    profile = stored_profile(device_name, shape)
+    if profile is None:
+        log.warning(
+            "overlap is on, but no profile says where it pays for this model on %s, so every step runs in one piece; "
+            "measure one: python -m blendserve.engine.profiler MODEL_FOLDER",
+            device_name,
+        )
+        return None
+    paying = tuple(step for step in profile.side_by_side if step.gain >= _LEAST_GAIN)
+    if not paying:
+        log.info("overlap is on, but the profile of %s has no step that gains by it", device_name)
+    return OverlapPolicy(paying) if paying else None

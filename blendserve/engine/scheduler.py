@@ -67,7 +67,7 @@ class Scheduler:
             timetable = self._make_timetable(source.lengths, is_last)
         self._waiting = AdmissionOrder(self._upcoming, self._pace, max_num_batched_tokens, timetable)
         self._prefill_budget = 0  # tokens of prompts that this step may still have
-        self._num_steps = 0
+        self._num_steps = 0  # planned before this one
         self._next_admission = 0  # the step before which none is worth a try
         self._is_planned = np.zeros(max_num_seqs, dtype=np.bool_)  # into this step: these can't be preempted
 
@@ -93,7 +93,6 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Plan the next step."""
         batch = ScheduledBatch()
-        self._num_steps += 1
         self._is_planned[:] = False
         self._kv_cache.begin_step()
         self._release_drained()
@@ -117,6 +116,7 @@ class Scheduler:
         self._admit(batch)
         self._plan_sampling(batch)
         batch.block_copies = self._kv_cache.take_copies()
+        self._num_steps += 1
         return batch
 
     def finish(self, row: int, is_reusable: bool = True) -> Request:
@@ -275,7 +275,7 @@ class Scheduler:
         """Admit the first candidate that fits, or fail one that never will. False when there is none to admit now."""
         was_refused, may_wait = False, self._pace is None and self._prefill_budget > 0
         candidates = self._waiting.candidates(
-            forecast, self._capacity_tokens, step=self._num_steps - 1, prefill_budget=self._prefill_budget
+            forecast, self._capacity_tokens, step=self._num_steps, prefill_budget=self._prefill_budget
         )
         for candidate in candidates:
             request = candidate.request
@@ -310,7 +310,7 @@ class Scheduler:
         rows = self.running.active_rows()
         unprefilled = np.maximum(self.running.prefill_tokens[rows] - self.running.context_tokens[rows], 0)
         unfinished = int(unprefilled.sum() + self.running.remaining_output_tokens(rows).sum()) + num_tokens
-        step_tokens = self._waiting.step_tokens(self._num_steps - 1, unfinished)
+        step_tokens = self._waiting.step_tokens(self._num_steps, unfinished)
         return max(step_tokens, padded_tokens(num_tokens)) - num_tokens
 
     def _start(self, request: Request) -> int:

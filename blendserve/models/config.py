@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,48 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """The shape of a dense decoder. `eos_token_ids` end a completion."""
+class ModelShape:
+    """The sizes of a decoder-only transformer with grouped-query attention and a gated MLP."""
 
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
     num_layers: int
+    hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    intermediate_size: int
+    vocab_size: int
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters that every token multiplies: projections and MLPs of all layers, no embeddings, no head."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the output head, which only sampled tokens multiply."""
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Numbers that one token adds to the KV cache: K and V of all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    def kv_bytes_per_token(self, bytes_per_element: int) -> int:
+        """KV cache bytes of one token in all layers."""
+        return bytes_per_element * self.kv_elements_per_token
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelShape:
+        """Read config.json, of a supported architecture or another. Raises ModelError where it lacks a size."""
+        return _model_shape(_read_json(folder / "config.json"), folder)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig(ModelShape):
+    """A dense decoder that can be run. `eos_token_ids` end a completion."""
+
+    architecture: str
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -47,17 +78,6 @@ class ModelConfig:
     rope: RopeConfig
     eos_token_ids: tuple[int, ...]
 
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Numbers that one token adds to the KV cache: K and V of all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of all layers' projections and MLPs, which a step reads however few tokens it holds."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
-        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
-
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
         """Read config.json and, for the end-of-text tokens, generation_config.json.
@@ -67,8 +87,10 @@ class ModelConfig:
         config = _read_json(folder / "config.json")
         generation = folder / "generation_config.json"
         eos = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+        _check_supported(config)
+        shape = _model_shape(config, folder)
         try:
-            return _model_config(config, config.get("eos_token_id") if eos is None else eos)
+            return _model_config(config, shape, config.get("eos_token_id") if eos is None else eos)
         except KeyError as error:
             raise ModelError(
                 f"{folder / 'config.json'} has no {error}. Expected the config of a "
@@ -86,20 +108,32 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _model_config(config: dict[str, Any], eos: int | list[int] | None) -> ModelConfig:
-    architecture = (config.get("architectures") or ["(none named)"])[0]
-    _check_supported(architecture, config)
-    num_heads = config["num_attention_heads"]
+def _model_shape(config: dict[str, Any], folder: Path) -> ModelShape:
+    try:
+        num_heads, hidden_size = int(config["num_attention_heads"]), int(config["hidden_size"])
+        return ModelShape(
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+            head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+            intermediate_size=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'} lacks or garbles a size of the model: {error!r}. Expected "
+            "num_hidden_layers, hidden_size, num_attention_heads, intermediate_size and vocab_size, as the configs of "
+            "Llama and Qwen have them."
+        ) from error
+
+
+def _model_config(config: dict[str, Any], shape: ModelShape, eos: int | list[int] | None) -> ModelConfig:
+    architecture = config["architectures"][0]
     has_attention_bias = bool(config.get("attention_bias", False))
     return ModelConfig(
+        **asdict(shape),
         architecture=architecture,
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=num_heads,
-        num_kv_heads=config.get("num_key_value_heads") or num_heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
         rms_norm_eps=config["rms_norm_eps"],
         max_position_embeddings=config["max_position_embeddings"],
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -112,7 +146,8 @@ def _model_config(config: dict[str, Any], eos: int | list[int] | None) -> ModelC
     )
 
 
-def _check_supported(architecture: str, config: dict[str, Any]) -> None:
+def _check_supported(config: dict[str, Any]) -> None:
+    architecture = (config.get("architectures") or ["(none named)"])[0]
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise ModelError(
             f"Architecture {architecture} is not supported. Supported: {', '.join(SUPPORTED_ARCHITECTURES)}."

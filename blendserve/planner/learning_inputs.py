@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from blendserve.length_learning import LEARNING_KEY
 from blendserve.planner.length_classes import length_classes
-from blendserve.planner.output_lengths import HINT, HISTORY, OutputLengths
+from blendserve.planner.output_lengths import FIXED, HINT, HISTORY, OutputLengths
 from blendserve.planner.performance_model import CostConstants
 from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.requests import RequestStates
@@ -71,7 +71,7 @@ def learning_inputs(
 ) -> LearningInputs:
     """`may_resume`: whether requests that the sample cut off go on where they stopped, instead of beginning again."""
     classes = length_classes(build_prefix_tree(states.shared_prefix_tokens), states.num_prompt_tokens)
-    classes[np.isin(lengths.source, (HINT, HISTORY))] = -1
+    classes[np.isin(lengths.source, (FIXED, HINT, HISTORY))] = -1
     seen = np.flatnonzero(~np.isnan(states.observed) & ~states.is_duplicate & (classes[:, 0] >= 0))
     seen = seen[np.linspace(0, len(seen) - 1, min(len(seen), _MOST_OBSERVED)).astype(np.int64)]
     begun = np.sort(states.row_index[states.is_begun]) if may_resume else np.zeros(0, np.int64)

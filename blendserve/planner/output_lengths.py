@@ -11,8 +11,8 @@ from blendserve.length_learning import MIN_SAMPLES, class_moments, clip_moments,
 from blendserve.planner.length_classes import prompt_length_classes
 from blendserve.planner.prefix_tree import ROOT, PrefixTree
 
-SOURCES = np.array(["hint", "sample", "history", "max_tokens"])
-HINT, SAMPLE, HISTORY, MAX_TOKENS = range(4)
+SOURCES = np.array(["fixed", "hint", "sample", "history", "max_tokens"])
+FIXED, HINT, SAMPLE, HISTORY, MAX_TOKENS = range(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +65,14 @@ def estimate_output_lengths(
     """Estimate every request of `tree`; all arrays [num_requests] in its order, NaN where nothing is known.
 
     `observed` are requests' output tokens; where `is_cut_off`, the completion was ended or is still running, so the
-    length is at least that. A hint goes before `remembered`, that before
-    what is observed. Estimates lie in [1, max_tokens]; with `ignore_eos` every completion has max_tokens tokens.
+    length is at least that. A hint goes before `remembered`, that before what is observed. Estimates lie in
+    [1, max_tokens]; a length is fixed where that is one token, and with `ignore_eos`, when it is max_tokens.
     """
     limits = np.maximum(max_tokens, 1).astype(np.float64)
     mean, square = limits.copy(), limits**2
-    source = np.full(len(limits), MAX_TOKENS)
     if ignore_eos:
-        return OutputLengths(mean, square, source)
+        return OutputLengths(mean, square, np.full(len(limits), FIXED))
+    source = np.full(len(limits), MAX_TOKENS)
     if not bool(np.all(np.isnan(observed))):
         sampled_mean, sampled_square = _nearest_sampled_moments(tree, num_prompt_tokens, limits, observed, is_cut_off)
         mean, square = clip_moments(sampled_mean, sampled_square, limits)
@@ -89,6 +89,7 @@ def estimate_output_lengths(
     has_hint = ~np.isnan(hints)
     hinted = np.clip(hints[has_hint], 1.0, limits[has_hint])
     mean[has_hint], square[has_hint], source[has_hint] = hinted, hinted**2, HINT
+    source[limits == 1] = FIXED
     return OutputLengths(mean, square, source)
 
 

@@ -7,43 +7,15 @@ embeddings, the output head on sampled tokens only, and causal attention.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from blendserve.errors import ModelError, UsageError
-from blendserve.hardware_profile import HardwareProfile, ProfiledModel, load_profile, stored_profiles
+from blendserve.hardware_profile import HardwareProfile, ProfiledModel, load_profile, stored_profile, stored_profiles
+from blendserve.models.config import ModelShape
 from blendserve.nvidia_smi import query_gpus
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The sizes of a decoder-only transformer with grouped-query attention and a gated MLP."""
-
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters that every token multiplies: projections and MLPs of all layers, no embeddings, no head."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
-        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
-
-    @property
-    def head_parameters(self) -> int:
-        """Parameters of the output head, which only sampled tokens multiply."""
-        return self.hidden_size * self.vocab_size
-
-    def kv_bytes_per_token(self, bytes_per_element: int) -> int:
-        """KV cache bytes of one token in all layers."""
-        return 2 * bytes_per_element * self.num_kv_heads * self.head_dim * self.num_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +38,10 @@ class Hardware:
     overhead_seconds: float = 0.0
     profile: HardwareProfile | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name.endswith("cpu")
 
     def seconds(self, compute_seconds: float, memory_seconds: float) -> float:
         """How long compute and memory work take that run side by side as far as this device can."""
@@ -170,33 +146,10 @@ def load_model_shape(model: str | Path) -> ModelShape:
     """
     if str(model) in BUILT_IN_MODELS:
         return BUILT_IN_MODELS[str(model)]
-    path = Path(model) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    if not (Path(model) / "config.json").is_file():
         known = ", ".join(sorted(BUILT_IN_MODELS))
-        raise ModelError(f"{path} can't be read: {error}. Expected a model's folder or one of: {known}.") from error
-    return _shape_of_config(config, path)
-
-
-def _shape_of_config(config: Any, path: Path) -> ModelShape:
-    try:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
-        return ModelShape(
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=hidden,
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            intermediate_size=int(config["intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
-        raise ModelError(
-            f"{path} lacks or garbles a size of the model: {error!r}. Expected num_hidden_layers, hidden_size, "
-            "num_attention_heads, intermediate_size and vocab_size, as Llama's and Qwen's configs have them."
-        ) from error
+        raise ModelError(f"{model} has no config.json. Expected a model's folder or one of: {known}.")
+    return ModelShape.load(Path(model))
 
 
 def load_hardware(name: str, *, device: str = "auto", model: ModelShape | None = None) -> Hardware:
@@ -222,7 +175,7 @@ def load_hardware(name: str, *, device: str = "auto", model: ModelShape | None =
 
 def as_achieved(hardware: Hardware, model: ModelShape) -> Hardware:
     """`hardware` by what the engine gets out of a GPU instead of its peak rates; as it is where that was measured."""
-    if hardware.basis != "data_sheet" or hardware.name.endswith("cpu"):
+    if hardware.basis != "data_sheet" or hardware.is_cpu:
         return hardware
     warnings = hardware.warnings
     if not hardware.name.endswith("h100"):
@@ -269,11 +222,12 @@ def _visible_hardware(model: ModelShape | None) -> Hardware:
     gpu = visible_gpu()
     if gpu is None:
         return BUILT_IN_HARDWARE["cpu"]
+    if model is not None and (profile := stored_profile(gpu, model)):
+        return _profiled_hardware(profile, model)
     ignored = []
     for path, profile in stored_profiles():
-        if profile.device == gpu and model is not None and profile.model == ProfiledModel.of(model):
-            return _profiled_hardware(profile, model)
-        ignored.append(f"Profile {path.name} is of another GPU or model ({profile.device}): not used.")
+        what = f"of another GPU or model ({profile.device})" if profile else "no valid profile"
+        ignored.append(f"Profile {path.name} is {what}: not used.")
     name = _built_in_name(gpu)
     if name is None:
         ignored.append(

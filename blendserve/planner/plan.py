@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,33 +13,31 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from blendserve.engine_limits import EngineLimits
 from blendserve.job_folder import JobFolder
-from blendserve.manifest import PlanManifest, StepCosts
+from blendserve.manifest import PlanManifest
 from blendserve.planner.database import open_database, write_relation
 from blendserve.planner.learning_inputs import learning_inputs
 from blendserve.planner.length_history import recall
 from blendserve.planner.output_lengths import SOURCES, OutputLengths, RememberedLengths, estimate_output_lengths
-from blendserve.planner.performance_model import (
-    Hardware,
-    ModelShape,
-    as_achieved,
-    cost_constants,
-    load_hardware,
-    load_model_shape,
-)
+from blendserve.planner.performance_model import Hardware, cost_constants, load_model_shape
 from blendserve.planner.plan_files import ScheduledRows, plan_id_of, shard_plans, write_plan_files
 from blendserve.planner.plan_summary import summarize
-from blendserve.planner.predicted_time import predict_seconds
+from blendserve.planner.planned_engine import (
+    cache_tokens,
+    plan_hardware,
+    planned_limits,
+    planned_machine,
+    predictor,
+    step_costs,
+)
 from blendserve.planner.predicted_usage import predict_usage
 from blendserve.planner.prefix_tree import build_prefix_tree
 from blendserve.planner.prompt_tokens import open_prompt_tokens, remove_prompt_tokens
 from blendserve.planner.requests import RequestStates, compute_costs, read_request_states
 from blendserve.planner.schedule import PlannedRequests, schedule_requests
-from blendserve.planner.simulate import capacity_tokens
 from blendserve.schemas import OUTPUT_LENGTH_ESTIMATES, PREDICTED_USAGE, REQUEST_COSTS, REQUEST_ORDER
-from blendserve.spec import CPU_NUM_SEQS, GPU_NUM_SEQS, JobSpec
-
-_BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+from blendserve.spec import JobSpec
 
 
 def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManifest:
@@ -55,8 +53,10 @@ def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManif
         scheduled = schedule_rows(database, states, lengths, rows, spec, hardware, model_folder)
         shape = load_model_shape(model_folder)
         costs = partial(compute_costs, database, cost_constants(shape, hardware))
-        requests = PlannedRequests.of_rows(states, lengths, rows)
-        usage = predict_usage(requests, shape, hardware, costs)
+        usage = PREDICTED_USAGE.empty_table()
+        if len(rows) and cache_tokens(spec, shape, hardware) > 0:
+            requests = planned_requests(states, lengths, rows, planned_limits(spec, hardware))
+            usage = predict_usage(requests, planned_machine(spec, shape, hardware), costs)
         learning = None
         if spec.policy == "blend" and not spec.ignore_eos:
             constants = cost_constants(shape, hardware)
@@ -69,38 +69,6 @@ def make_plan(folder: JobFolder, spec: JobSpec, model_folder: Path) -> PlanManif
         write_plan_files(folder.plan, manifest, scheduled, states, prompts, learning)
     remove_prompt_tokens(folder.work)
     return manifest
-
-
-def plan_hardware(spec: JobSpec, model_folder: Path) -> Hardware:
-    """The hardware that the plan's times are for, as the engine will use it: its number format, overlapped or not."""
-    shape = load_model_shape(model_folder)
-    hardware = as_achieved(load_hardware(spec.hardware, device=spec.device, model=shape), shape)
-    return replace(
-        hardware,
-        bytes_per_element=_BYTES_PER_ELEMENT.get(spec.dtype, hardware.bytes_per_element),
-        interference=hardware.interference if spec.overlap == "on" else 1.0,
-    )
-
-
-def predictor(spec: JobSpec, shape: ModelShape, hardware: Hardware) -> Callable[..., float]:
-    """`predict_seconds` for the job's engine and model on `hardware`."""
-    return partial(
-        predict_seconds,
-        hardware,
-        shape,
-        cache_tokens=capacity_tokens(shape, hardware),
-        max_num_seqs=spec.max_num_seqs or (CPU_NUM_SEQS if hardware.name == "cpu" else GPU_NUM_SEQS),
-    )
-
-
-def step_costs(shape: ModelShape, hardware: Hardware) -> StepCosts:
-    """For the metrics of the engine's steps."""
-    constants = cost_constants(shape, hardware)
-    return StepCosts(
-        seconds_per_token=constants.seconds_per_layer_token,
-        seconds_per_sampled_token=constants.seconds_per_sampled_token,
-        seconds_per_kv_byte=constants.seconds_per_kv_token / shape.kv_bytes_per_token(hardware.bytes_per_element),
-    )
 
 
 def schedule_rows(
@@ -119,7 +87,7 @@ def schedule_rows(
     `arrival` [num_rows] says who comes first under policy fcfs; None: the order of the input.
     """
     constants = cost_constants(load_model_shape(model_folder), hardware)
-    requests = PlannedRequests.of_rows(states, lengths, rows)
+    requests = planned_requests(states, lengths, rows, planned_limits(spec, hardware))
     if arrival is not None:
         requests = replace(requests, arrival=arrival)
     schedule = schedule_requests(
@@ -132,6 +100,16 @@ def schedule_rows(
     )
     rows_in_order = rows[schedule.positions]
     return ScheduledRows(schedule, rows_in_order, lengths.estimated_tokens[rows_in_order])
+
+
+def planned_requests(
+    states: RequestStates, lengths: OutputLengths, rows: NDArray[np.int64], limits: EngineLimits
+) -> PlannedRequests:
+    """The requests `rows` (places in `states`, ascending) as an engine of these `limits` will run them."""
+    requests = PlannedRequests.of_rows(states, lengths, rows)
+    if limits.has_prefix_cache:
+        return requests
+    return replace(requests, shared_prefix_tokens=np.zeros_like(requests.shared_prefix_tokens))
 
 
 def rows_to_run(states: RequestStates) -> NDArray[np.int64]:
@@ -176,10 +154,20 @@ def _manifest(
         summary={},
     )
     plan_id = plan_id_of(draft.model_dump_json(), scheduled, states)
-    cache_tokens = capacity_tokens(shape, hardware)
-    shards = shard_plans(scheduled, states, plan_id, predictor(spec, shape, hardware))
-    seconds = sum(shard.predicted_seconds for shard in shards)
-    summary = summarize(scheduled, states, lengths, hardware, cache_tokens, seconds)
+    shards, overlapped = (
+        shard_plans(scheduled, states, plan_id, predictor(spec, shape, device))
+        for device in (hardware, replace(hardware, interference=0.0))
+    )
+    summary = summarize(
+        scheduled,
+        states,
+        lengths,
+        hardware,
+        cache_tokens=cache_tokens(spec, shape, hardware),
+        has_prefix_cache=planned_limits(spec, hardware).has_prefix_cache,
+        predicted_seconds=sum(shard.predicted_seconds for shard in shards),
+        overlapped_seconds=sum(shard.predicted_seconds for shard in overlapped),
+    )
     return draft.model_copy(update={"plan_id": plan_id, "shards": shards, "summary": summary})
 
 

@@ -17,13 +17,16 @@ def summarize(
     states: RequestStates,
     lengths: OutputLengths,
     hardware: Hardware,
+    *,
     cache_tokens: int,
+    has_prefix_cache: bool,
     predicted_seconds: float,
+    overlapped_seconds: float,
 ) -> dict[str, Any]:
     """Counts, sharing (of prompt tokens), densities (compute over memory time), seconds, and warnings.
 
-    `cache_tokens`: what the KV cache of `hardware` holds beside the model's weights. `predicted_seconds`: of all
-    shards together.
+    `cache_tokens`: what the KV cache holds on `hardware`. `predicted_seconds`: of all shards together;
+    `overlapped_seconds`: the same if compute and memory work didn't slow each other down.
     """
     schedule, rows = scheduled.schedule, scheduled.rows
     num_prompt_tokens = int(states.num_prompt_tokens[rows].sum())
@@ -37,6 +40,7 @@ def summarize(
         "num_prompt_tokens": num_prompt_tokens,
         "estimated_output_tokens": int(scheduled.estimated_output_tokens.sum(dtype=np.int64)),
         "output_length_sources": {str(name): int(count) for name, count in zip(SOURCES, sources, strict=True)},
+        "has_prefix_cache": has_prefix_cache,
         "prefix_sharing_optimal": schedule.shared_tokens_optimal / max(num_prompt_tokens, 1),
         "prefix_sharing": int(schedule.shared_prefix_tokens.sum()) / max(num_prompt_tokens, 1),
         "density": compute / memory if memory > 0 else 0.0,
@@ -46,7 +50,7 @@ def summarize(
         "memory_seconds": memory,
         "bound_seconds": max(schedule.ideal_compute_seconds, memory),
         "predicted_seconds": predicted_seconds,
-        "overlapped_seconds": max(compute, memory),
+        "overlapped_seconds": overlapped_seconds,
         "num_shards": schedule.num_shards,
         "hardware": hardware.name,
         "num_too_long": int((states.num_prompt_tokens[rows] >= cache_tokens).sum()) if cache_tokens > 0 else 0,
@@ -63,16 +67,18 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
         warnings.append("Memory-bound throughout: every request spends more time on memory; blending can't help.")
     if summary["density_right"] > 1:
         warnings.append("Compute-bound throughout: every request spends more time on compute; blending can't help.")
-    if summary["prefix_sharing_optimal"] < 0.01:
+    if not summary["has_prefix_cache"]:
+        warnings.append("There is no prefix cache: what prompts share is computed for each of them.")
+    elif summary["prefix_sharing_optimal"] < 0.01:
         warnings.append("The prompts share nearly nothing: the order can't save prefill work.")
     if summary["does_not_fit"]:
         warnings.append(f"The model's weights fill the memory of {summary['hardware']}: name hardware that holds them.")
     if summary["num_too_long"]:
         warnings.append(
-            f"{summary['num_too_long']} prompts are longer than the KV cache of {summary['hardware']}: the engine will "
-            "give them back as failed."
+            f"Longer than the KV cache of {summary['hardware']}: {summary['num_too_long']:,} prompt(s), which the "
+            "engine will give back as failed."
         )
     unknown = summary["output_length_sources"]["max_tokens"]
     if unknown:
-        warnings.append(f"Output length unknown for {unknown} requests: planned with their max_tokens.")
+        warnings.append(f"Output length unknown: {unknown:,} request(s), planned with their max_tokens.")
     return warnings

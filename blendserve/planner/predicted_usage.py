@@ -12,12 +12,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from blendserve.planner.performance_model import Hardware, ModelShape
 from blendserve.planner.schedule import CostModel, PlannedRequests, schedule_requests
-from blendserve.planner.simulate import POLICIES, capacity_tokens, simulated_machine
+from blendserve.planner.simulate import POLICIES
 from blendserve.planner.simulated_job import SimulatedJob
 from blendserve.planner.simulated_run import run_schedule
-from blendserve.planner.simulation import SimulationResult
+from blendserve.planner.simulation import SimulatedMachine, SimulationResult
 from blendserve.schemas import PREDICTED_USAGE
 from blendserve.spec import Policy
 
@@ -26,15 +25,12 @@ _NEIGHBOURS: Final = 32  # requests that are kept together, so that they share w
 _MAX_PIECES: Final = 256  # of a policy
 
 
-def predict_usage(requests: PlannedRequests, shape: ModelShape, hardware: Hardware, costs: CostModel) -> pa.Table:
-    """The relation `predicted_usage`; empty where the model's weights leave no room for a cache.
+def predict_usage(requests: PlannedRequests, machine: SimulatedMachine, costs: CostModel) -> pa.Table:
+    """The relation `predicted_usage` of one machine.
 
-    `requests` are all that have to run, in sorted order. Where one in k is replayed, a second stands for k of them: but
-    for the last outputs, which take k times as long on that axis as they do.
+    `requests`, one at least, are all that have to run, in sorted order. Where one in k is replayed, a second stands for
+    k of them: but for the last outputs, which take k times as long on that axis as they do.
     """
-    if capacity_tokens(shape, hardware) < 1 or requests.num_requests == 0:
-        return PREDICTED_USAGE.empty_table()
-    machine = simulated_machine(shape, hardware, is_overlapped=hardware.interference < 1)
     every = -(-requests.num_requests // _MAX_REQUESTS)
     rows = np.flatnonzero(np.arange(requests.num_requests) // _NEIGHBOURS % every == 0)
     job = SimulatedJob.of_estimates(requests.subset(rows))

@@ -15,8 +15,9 @@ from blendserve.planner.database import open_database
 from blendserve.planner.length_history import recall
 from blendserve.planner.output_lengths import OutputLengths, RememberedLengths
 from blendserve.planner.performance_model import load_model_shape, tokens_within_a_step
-from blendserve.planner.plan import plan_hardware, predictor, schedule_rows, step_costs
+from blendserve.planner.plan import schedule_rows
 from blendserve.planner.plan_files import plan_id_of, shard_plans, write_plan_files
+from blendserve.planner.planned_engine import plan_hardware, predictor, step_costs
 from blendserve.planner.prompt_tokens import open_prompt_tokens
 from blendserve.planner.requests import RequestStates, read_request_states
 from blendserve.planner.stratified_sample import (

@@ -12,15 +12,16 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final, get_args
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blendserve.errors import InputError, UsageError
+from blendserve.models.config import ModelShape
 from blendserve.planner.database import open_database
 from blendserve.planner.performance_model import (
     Hardware,
-    ModelShape,
     cost_constants,
     load_hardware,
     load_model_shape,
@@ -37,7 +38,7 @@ from blendserve.spec import Policy
 
 POLICIES: Final[tuple[Policy, ...]] = get_args(Policy)
 _USABLE_MEMORY = 0.95  # of the device; the rest is activations and the runtime
-MAX_BATCHED_TOKENS: Final = 8192  # of the engine on a GPU
+_MAX_BATCHED_TOKENS: Final = 8192  # of the engine on a GPU
 _MAX_OVERLAPPED_TOKENS: Final = 2048
 
 
@@ -104,7 +105,7 @@ def simulated_machine(shape: ModelShape, device: Hardware, *, is_overlapped: boo
         step_seconds=step_floor_seconds(shape, device),
         overhead_seconds=step_overhead_seconds(device),
         capacity_tokens=capacity,
-        max_batched_tokens=_MAX_OVERLAPPED_TOKENS if is_overlapped else MAX_BATCHED_TOKENS,
+        max_batched_tokens=_MAX_OVERLAPPED_TOKENS if is_overlapped else _MAX_BATCHED_TOKENS,
         interference=_interference(device) if is_overlapped else 1.0,
     )
 
@@ -125,18 +126,20 @@ def _interference(device: Hardware) -> float:
 
 
 def read_job(path: Path, folder: Path) -> SimulatedJob:
-    """Sort the workload at `path`. Raises InputError when a column is missing or a length null or negative."""
+    """Sort the workload at `path`. Raises InputError when a column is missing or of another type, or a length null or
+    negative."""
     try:
-        names = pq.read_schema(path).names
+        schema = pq.read_schema(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} can't be read as Parquet: {error}") from error
-    if "output_tokens" not in names or not {"prompt_token_ids", "input_tokens"} & set(names):
+    prompts_in = next((name for name in ("prompt_token_ids", "input_tokens") if name in schema.names), None)
+    if "output_tokens" not in schema.names or prompts_in is None:
         raise InputError(
-            f"{path} has columns {', '.join(names)}. "
+            f"{path} has columns {', '.join(schema.names)}. "
             "Expected output_tokens and one of prompt_token_ids (list<int32>) and input_tokens."
         )
     outputs = _lengths(path, "output_tokens")
-    prompts = sort_prompts(path, folder) if "prompt_token_ids" in names else _unshared(path)
+    prompts = _sorted(path, schema, folder) if prompts_in == "prompt_token_ids" else _unshared(path)
     output = np.maximum(outputs[prompts.file_position], 1)
     mean = output.astype(np.float64)
     requests = PlannedRequests(
@@ -166,11 +169,20 @@ def summarize_run(results: list[SimulationResult]) -> dict[str, Any]:
 
 def _lengths(path: Path, name: str) -> NDArray[np.int64]:
     lengths = pq.read_table(path, columns=[name]).column(0)
-    is_wrong = pc.fill_null(pc.less(lengths, 0), True)
+    if not (pa.types.is_integer(lengths.type) or pa.types.is_floating(lengths.type)):
+        raise InputError(f"{path} has {name} of type {lengths.type}. Expected numbers of tokens.")
+    is_wrong = pc.fill_null(pc.invert(pc.greater_equal(lengths, 0)), True)
     row = pc.index(is_wrong, True).as_py()
     if row >= 0:
         raise InputError(f"{path} has {name} {lengths[row]} in row {row} (counted from 0). Expected 0 or more.")
     return np.asarray(lengths.to_numpy(), dtype=np.int64)
+
+
+def _sorted(path: Path, schema: pa.Schema, folder: Path) -> SortedPrompts:
+    kind = schema.field("prompt_token_ids").type
+    if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_integer(kind.value_type)):
+        raise InputError(f"{path} has prompt_token_ids of type {kind}. Expected lists of integers.")
+    return sort_prompts(path, folder)
 
 
 def _unshared(path: Path) -> SortedPrompts:

@@ -41,6 +41,7 @@ class SimulatedMachine:
     interference: float
     overhead_seconds: float = 0.0
     max_num_seqs: int = 1024
+    block_size: int = 128
     unplanned_batched_tokens: int | None = 512
 
     @property

@@ -1,8 +1,9 @@
 """Sorting prompts by their tokens and finding what neighbours share, both in one pass over the shared prefixes.
 
-Prompts that are equal so far are a group. What all of a group share is skipped; the few tokens after it split the group
-into those that go their own way and smaller groups. DuckDB sorts by these few, NumPy compares. Memory is a few numbers
-a prompt, the tokens stay in their file.
+Prompts that are equal so far are a group. All of a group are compared with one of them: how many tokens they share with
+it, and whether they come before or after it, puts them into branches whose order is known. The few tokens after that
+split each branch into those that go their own way and smaller groups. DuckDB sorts by all of these, NumPy compares.
+Memory is a few numbers a prompt, the tokens stay in their file.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from blendserve.planner.database import compute, open_database
 from blendserve.planner.prompt_tokens import MAX_WIDTH, PromptTokens, open_prompt_tokens
 
 _KEY_TOKENS: Final = 4  # that a group is sorted by at one time, as split_groups.sql has them
+_BEYOND: Final = 2**40  # more than any prompt has tokens
 _FIRST_WIDTH: Final = 8  # most groups share no more
 
 
@@ -59,51 +61,74 @@ def _split_groups(
     its group is known to share. Returns the same of what isn't settled after this.
     """
     rows = order[places]
-    depth = depth + _shared_by_group(prompts, rows, group, depth)
+    depth, branch = _compared_with_last(prompts, rows, group, depth)
     left = prompts.lengths[rows] - depth
     keys = prompts.windows(rows, depth, _KEY_TOKENS)
-    by = _sorted_within_groups(database, group, keys, left)
-    order[places], left, keys = rows[by], left[by], keys[by]
+    by = _sorted_within_groups(database, group, branch, keys, left)
+    order[places], depth, branch, left, keys = rows[by], depth[by], branch[by], left[by], keys[by]
+    is_together, is_alike = group[1:] == group[:-1], branch[1:] == branch[:-1]
     differs = keys[1:] != keys[:-1]
     limit = np.minimum(left[1:], left[:-1])
     equal = np.minimum(limit, np.where(differs.any(axis=1), differs.argmax(axis=1), _KEY_TOKENS))
-    is_together = group[1:] == group[:-1]
-    shared[places[1:][is_together]] = (depth[1:] + equal)[is_together]
-    goes_on = is_together & (equal == _KEY_TOKENS) & (limit > _KEY_TOKENS)
+    common = np.minimum(depth[1:], depth[:-1]) + np.where(is_alike, equal, 0)
+    shared[places[1:][is_together]] = common[is_together]
+    goes_on = is_together & is_alike & (equal == _KEY_TOKENS) & (limit > _KEY_TOKENS)
     begins = np.append(True, ~goes_on)
     stays = ~begins | np.append(goes_on, False)
     return places[stays], np.cumsum(begins)[stays], (depth + _KEY_TOKENS)[stays]
 
 
+def _compared_with_last(
+    prompts: PromptTokens, rows: NDArray[np.int64], group: NDArray[np.int64], depth: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many tokens each row shares with its group's last in all, and its branch: ascending in lexical order.
+
+    Before the last come those that share least with it first, after it those that share most. Of equal keys the last
+    is the longest, so that prompts which are prefixes of each other are told apart at once.
+    """
+    last = np.repeat(rows[_begins(group)[1:] - 1], np.diff(_begins(group)))
+    depth = depth + _num_shared(prompts, rows, last, depth)
+    is_over = prompts.lengths[last] == depth
+    next_of_last = prompts.windows(last, depth, 1)[:, 0]
+    own_next = prompts.windows(rows, depth, 1)[:, 0]
+    comes_after = np.where(is_over, prompts.lengths[rows] > depth, own_next > next_of_last)
+    return depth, np.where(comes_after, _BEYOND - depth, depth)
+
+
 def _sorted_within_groups(
-    database: duckdb.DuckDBPyConnection, group: NDArray[np.int64], keys: NDArray[np.int32], left: NDArray[np.int64]
+    database: duckdb.DuckDBPyConnection,
+    group: NDArray[np.int64],
+    branch: NDArray[np.int64],
+    keys: NDArray[np.int32],
+    left: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """int64 [num_rows]: the rows in lexical order of `keys` [num_rows, _KEY_TOKENS], group by group."""
+    """int64 [num_rows]: the rows in lexical order of `keys` [num_rows, _KEY_TOKENS], branch by branch of each group."""
     tokens = {f"token_{number}": keys[:, number] for number in range(_KEY_TOKENS)}
-    columns = {"place": np.arange(len(group)), "group_number": group, **tokens, "num_tokens_left": left}
+    columns = {
+        "place": np.arange(len(group)),
+        "group_number": group,
+        "branch": branch,
+        **tokens,
+        "num_tokens_left": left,
+    }
     found = compute(database, "split_groups", tables={"unsettled": pa.table(columns)})
     return np.asarray(found.column("place").to_numpy(), np.int64)
 
 
-def _shared_by_group(
-    prompts: PromptTokens, rows: NDArray[np.int64], group: NDArray[np.int64], depth: NDArray[np.int64]
+def _num_shared(
+    prompts: PromptTokens, rows: NDArray[np.int64], others: NDArray[np.int64], depth: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """int64 [num_rows]: how many tokens after `depth` all prompts of a row's group share."""
-    begins, sizes = _runs(group)
-    first = np.repeat(rows[begins], sizes)
-    shared = np.zeros(len(rows), np.int64)
-    active, width = np.arange(len(rows)), _FIRST_WIDTH
+    """int64 [num_rows]: how many tokens after `depth` each of `rows` shares with that of `others`."""
+    shared = np.where(rows == others, prompts.lengths[rows] - depth, 0)
+    active, width = np.flatnonzero(rows != others), _FIRST_WIDTH
     while len(active):
-        equal = prompts.num_equal(rows[active], first[active], (depth + shared)[active], width)
-        begins, sizes = _runs(group[active])
-        least = np.repeat(np.minimum.reduceat(equal, begins), sizes)
-        shared[active] += least
-        active = active[least == width]
+        equal = prompts.num_equal(rows[active], others[active], (depth + shared)[active], width)
+        shared[active] += equal
+        active = active[equal == width]
         width = min(4 * width, MAX_WIDTH)
     return shared
 
 
-def _runs(group: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where each run of equal numbers begins and how long it is."""
-    begins = np.flatnonzero(np.append(True, group[1:] != group[:-1]))
-    return begins, np.diff(np.append(begins, len(group)))
+def _begins(group: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each run of equal numbers begins, and at the end how many there are."""
+    return np.flatnonzero(np.concatenate([np.ones(1, np.bool_), group[1:] != group[:-1], np.ones(1, np.bool_)]))

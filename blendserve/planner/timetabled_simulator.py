@@ -12,7 +12,6 @@ from blendserve.planner.usage_recorder import UsageRecorder
 from blendserve.step_tokens import padded_tokens
 from blendserve.timetable import Timetable, make_timetable
 
-_BLOCK_SIZE = 128  # of the KV cache on a GPU
 _IS_START = -2  # what an event says instead of the step that its request joined: stop here, there is more to begin
 
 
@@ -27,7 +26,7 @@ def timetable_for(requests: SimulatedRequests, machine: SimulatedMachine, shard:
     return make_timetable(
         lengths,
         capacity_tokens=machine.capacity_tokens,
-        block_size=_BLOCK_SIZE,
+        block_size=machine.block_size,
         max_num_seqs=machine.max_num_seqs,
         max_step_tokens=machine.max_batched_tokens,
     )

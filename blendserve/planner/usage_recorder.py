@@ -7,7 +7,7 @@ import numpy as np
 from blendserve.planner.simulation import Usage
 
 _MAX_PIECES = 512
-_FIRST_PIECE_SECONDS = 2.0**-10
+_FIRST_PIECE_SECONDS = 2.0**-20
 
 
 class UsageRecorder:

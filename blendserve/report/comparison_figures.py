@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,14 @@ from numpy.typing import NDArray
 
 from blendserve.report.figure_style import MUTED, PLANNED, REAL, Chart, log_ticks, style
 from blendserve.report.job_files import JobFiles, ShardRun, read_columns
-from blendserve.report.number_format import divide, format_count, format_factor, format_seconds, format_share
+from blendserve.report.number_format import (
+    count_of,
+    divide,
+    format_count,
+    format_factor,
+    format_seconds,
+    format_share,
+)
 from blendserve.report.summary import has_resumed
 from blendserve.schemas import COMPLETIONS
 
@@ -32,12 +40,13 @@ def draw_seconds(job: JobFiles) -> Chart:
     real = np.array([run.done.seconds for run in runs if run.done is not None])
     ratio = divide(float(real.sum()), float(predicted.sum()))
     caption = (
-        f"What running each shard should have taken and what it took: in all {format_seconds(predicted.sum())} "
-        f"predicted and {format_seconds(real.sum())} real, {format_factor(ratio)} the prediction"
+        f"What running each shard should have taken and what it took: in all{_with_sample(runs)} "
+        f"{format_seconds(predicted.sum())} predicted and {format_seconds(real.sum())} real, {format_factor(ratio)} "
+        "the prediction"
     )
     if has_resumed(job):
         caption += "; a shard that was resumed may lack the last 30 seconds of an attempt that was killed"
-    return Chart.drawn("seconds", _SECONDS, caption + ".", _pairs(runs, predicted, real, "seconds", ".3s"))
+    return Chart.drawn("seconds", _SECONDS, caption + ".", _pairs(runs, predicted, real, "seconds", format_seconds))
 
 
 def draw_cached(job: JobFiles) -> Chart:
@@ -49,17 +58,26 @@ def draw_cached(job: JobFiles) -> Chart:
     prompts = np.array([run.done.num_prompt_tokens for run in runs if run.done is not None])
     cached = np.array([run.done.num_cached_tokens for run in runs if run.done is not None])
     caption = (
-        f"The plan's order lets {format_share(shared.sum() / prompts.sum())} of the prompt tokens be reused, and "
-        f"{format_share(cached.sum() / prompts.sum())} were found in the cache (it keeps whole blocks, so a little "
-        "less is normal; more means that another request had computed them before)."
+        f"In all{_with_sample(runs)} the plan's order lets {format_share(shared.sum() / prompts.sum())} of the prompt "
+        f"tokens be reused, and {format_share(cached.sum() / prompts.sum())} were found in the cache (it keeps whole "
+        "blocks, so a little less is normal; more means that another request had computed them before)."
     )
-    figure = _pairs(runs, shared / prompts, cached / prompts, "share of prompt tokens", ".1%")
+    figure = _pairs(runs, shared / prompts, cached / prompts, "share of prompt tokens", format_share)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02])
     return Chart.drawn("cached", _CACHED, caption, figure)
 
 
+def _with_sample(runs: list[ShardRun]) -> str:
+    """What sums over `runs` hold beside the plan's shards."""
+    return ", the sample included," if any(run.is_sample for run in runs) else ""
+
+
 def _pairs(
-    runs: list[ShardRun], planned: NDArray[np.float64], real: NDArray[np.float64], unit: str, number: str
+    runs: list[ShardRun],
+    planned: NDArray[np.float64],
+    real: NDArray[np.float64],
+    unit: str,
+    format_value: Callable[[float], str],
 ) -> go.Figure:
     names = [run.name for run in runs]
     gap = 1 - 2 * min(0.08 * len(runs), 0.38)  # few shards don't make broad bars
@@ -69,7 +87,8 @@ def _pairs(
             y=values,
             name=name,
             marker={"color": color},
-            hovertemplate=f"%{{x}}<br>{name}: %{{y:{number}}} {unit if number == '.3s' else ''}<extra></extra>",
+            customdata=[format_value(value) for value in values.tolist()],
+            hovertemplate=f"%{{x}}<br>{name}: %{{customdata}}<extra></extra>",
         )
         for name, values, color in (("planned", planned, PLANNED), ("real", real, REAL))
     ]
@@ -101,7 +120,7 @@ def draw_lengths(job: JobFiles) -> Chart:
     column = pads.dataset(path).to_table(columns=["source"]).column("source")
     sources = {str(entry["values"]): entry["counts"] for entry in pc.value_counts(column).to_pylist()}
     caption = (
-        f"Dots are the mean of {format_count(len(real))} finished requests by estimate, the bars hold the middle "
+        f"Dots are the mean of {count_of(len(real), 'finished request')} by estimate, the bars hold the middle "
         f"80 % of them and the dashed line is a perfect estimate; in all, real output was "
         f"{format_factor(divide(float(real.sum()), float(estimated.sum())))} the estimate (estimates come from: "
         f"{', '.join(f'{source} {format_count(count)}' for source, count in sorted(sources.items()))})."
@@ -169,7 +188,7 @@ def _length_figure(bins: LengthBins) -> go.Figure:
         customdata=np.stack([bins.num_requests, bins.low, bins.high], axis=1),
         hovertemplate=(
             "estimated %{x:,.0f} tokens<br>real %{y:,.1f} on average, mostly %{customdata[1]:,.0f} to "
-            "%{customdata[2]:,.0f}<br>%{customdata[0]:,} requests<extra></extra>"
+            "%{customdata[2]:,.0f}<br>requests: %{customdata[0]:,}<extra></extra>"
         ),
         showlegend=False,
     )

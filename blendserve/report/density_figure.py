@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from blendserve.report.figure_style import INK, LEFT, MAX_POINTS, MUTED, RIGHT, Chart, log_ticks, style
 from blendserve.report.job_files import JobFiles, read_columns
-from blendserve.report.number_format import format_count, format_ratio
+from blendserve.report.number_format import count_of, format_ratio
 
 _TITLE = "Density along the plan"
 _MAX_MARKED_SHARDS = 8
@@ -51,7 +51,7 @@ def draw_density(job: JobFiles) -> Chart:
         return Chart.missing("density", _TITLE, "No request was left to plan, so there is no order to draw.")
     caption = (
         "Density is compute time over memory time, here of each unit of requests that stay together, in the order of "
-        f"the {format_count(steps.num_requests)} planned requests (1: both take equally long); "
+        f"the plan’s {count_of(steps.num_requests, 'request')} (1: both take equally long); "
     )
     if job.plan.is_two_ended:
         caption += "every shard is run from both ends at once, so that the mixture stays near the dashed overall value."

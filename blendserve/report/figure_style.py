@@ -21,6 +21,10 @@ LEFT, RIGHT = "var(--left)", "var(--right)"  # compute-heavy and memory-heavy: t
 LEFT_AREA, RIGHT_AREA = "var(--left-area)", "var(--right-area)"
 PLANNED, REAL = "var(--planned)", "var(--left)"
 MAX_POINTS = 2_000
+# Five digits are as many as anyone can tell apart on an axis; tooltips have the unit too.
+SECONDS_AXIS = {"hoverformat": ",.5~r", "ticksuffix": " s", "showticksuffix": "last"}
+_SAME = 1.001  # times as much
+_LEAST_TICKS = 3  # that are seen
 
 _AXIS = {
     "gridcolor": LINE,
@@ -75,12 +79,17 @@ def style(figure: go.Figure, *, height: int, **layout: Any) -> go.Figure:
 
 
 def log_ticks(values: NDArray[np.floating]) -> dict[str, Any]:
-    """Options of a logarithmic axis: ticks at 1, 2 and 5 of every decade where there are few, else at whole decades."""
+    """Options of a logarithmic axis: ticks at 1, 2 and 5 of every decade where there are few but some, at the value
+    where there is one, else plotly's own."""
     known = values[np.isfinite(values) & (values > 0)]
     if len(known) == 0 or known.max() > 1000 * known.min():
         return {"type": "log", "nticks": 8, "exponentformat": "power"}
+    if known.max() < _SAME * known.min():
+        return {"type": "log", "tickvals": [known.max()], "ticktext": [format_ratio(known.max())]}
     decades = np.arange(np.floor(np.log10(known.min())), np.ceil(np.log10(known.max())) + 1)
     places = np.outer(10.0**decades, (1, 2, 5)).ravel()
+    if np.count_nonzero((places >= known.min()) & (places <= known.max())) < _LEAST_TICKS:
+        return {"type": "log", "nticks": 6}
     return {"type": "log", "tickvals": places, "ticktext": [format_ratio(place) for place in places]}
 
 

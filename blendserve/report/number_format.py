@@ -18,6 +18,11 @@ def format_count(value: float | None) -> str:
     return f"{round(value):,}"
 
 
+def count_of(value: float, noun: str) -> str:
+    """1 request, 1,234 requests."""
+    return f"{format_count(value)} {noun}{'' if value == 1 else 's'}"
+
+
 def format_seconds(value: float | None) -> str:
     """340 ms, 4.21 s, 3 min 20 s, 2 h 05 min."""
     if value is None or not math.isfinite(value):
@@ -37,15 +42,17 @@ def format_share(value: float | None) -> str:
 
 
 def format_ratio(value: float | None) -> str:
-    """Three significant digits: 1.27, 0.0962, 54.9."""
-    return UNKNOWN if value is None or not math.isfinite(value) else f"{value:,.3g}"
+    """Three significant digits, or all before the point: 1.27, 0.0962, 54.9, 12,346."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    return f"{value:,.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def format_factor(value: float | None) -> str:
     """How many times as much: 0.98×, 1.27×, 23.6×."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
-    return f"{value:.2f}×" if value < 9.995 else f"{value:,.3g}×"
+    return f"{value:.2f}×" if value < 9.995 else f"{format_ratio(value)}×"
 
 
 def divide(numerator: float | None, denominator: float | None) -> float | None:

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from blendserve.report.figure_style import INK, LEFT, MUTED, RIGHT, Chart, style
+from blendserve.report.figure_style import INK, LEFT, MUTED, RIGHT, SECONDS_AXIS, Chart, style
 from blendserve.report.job_files import JobFiles, read_columns
 from blendserve.report.number_format import format_seconds
 
@@ -61,6 +61,7 @@ def draw_predicted_usage(job: JobFiles) -> Chart:
     figure.update_annotations(x=0, xanchor="left", font={"size": 13, "color": INK})
     figure.update_layout(legend={"x": 1, "xanchor": "right"})  # beside the first panel's name
     figure.update_yaxes(range=[0, 1.05], tickformat=".0%", nticks=4)
+    figure.update_xaxes(**SECONDS_AXIS)
     figure.update_xaxes(title_text="seconds", row=len(policies), col=1)
     return Chart.drawn("predicted-usage", _TITLE, _caption(ends), figure)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from blendserve.report.figure_style import Chart, style
 from blendserve.report.job_files import JobFiles, read_columns
-from blendserve.report.number_format import format_count, format_share
+from blendserve.report.number_format import count_of, format_count, format_share
 
 _TITLE = "Prefix tree"
 _MAX_PREFIXES = 150  # each may bring one merged box with it
@@ -128,7 +128,7 @@ def _prefix_boxes(prefixes: Prefixes) -> Iterator[_Box]:
     saved_share = prefixes.num_saved_tokens / np.maximum(prefixes.num_tokens, 1)
     shade = np.minimum((saved_share * _SHADES).astype(int), _SHADES - 1)
     for place, parent in enumerate(prefixes.parent.tolist()):
-        depth, requests = int(prefixes.depth_tokens[place]), _requests(int(prefixes.num_requests[place]))
+        depth, requests = int(prefixes.depth_tokens[place]), count_of(int(prefixes.num_requests[place]), "request")
         num_tokens = int(prefixes.num_tokens[place])
         hover = (
             f"{requests} with {format_count(num_tokens)} prompt tokens"
@@ -149,22 +149,18 @@ def _prefix_boxes(prefixes: Prefixes) -> Iterator[_Box]:
 def _rest_boxes(prefixes: Prefixes) -> Iterator[_Box]:
     for place, num_requests, num_tokens in _merged(prefixes):
         hover = (
-            f"{_requests(num_requests)} with {format_count(num_tokens)} prompt tokens, which part ways after "
+            f"{count_of(num_requests, 'request')} with {format_count(num_tokens)} prompt tokens, which part ways after "
             f"{format_count(prefixes.depth_tokens[place])}<br>tokens or share more only in small groups"
         )
         yield _Box(
             id=f"rest of {place}",
             parent=f"prefix {place}",
-            label=f"other · {_requests(num_requests)}",
+            label=f"other · {count_of(num_requests, 'request')}",
             color="var(--tree-rest)",
             ink="var(--tree-ink-0)",
             num_tokens=num_tokens,
             hover=hover,
         )
-
-
-def _requests(count: int) -> str:
-    return f"{format_count(count)} request{'' if count == 1 else 's'}"
 
 
 def _merged(prefixes: Prefixes) -> list[tuple[int, int, int]]:

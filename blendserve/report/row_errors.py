@@ -11,7 +11,8 @@ import pyarrow.dataset as pads
 
 from blendserve.report.job_files import JobFiles
 
-_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+# As Python quotes, which escapes what would end the quote; an apostrophe within a word begins none.
+_QUOTED = re.compile(r"(?<!\w)'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _MAX_REASONS = 30
 _MAX_CHARACTERS = 240
 

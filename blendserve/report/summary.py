@@ -9,6 +9,7 @@ from typing import Any
 
 from blendserve.report.job_files import JobFiles
 from blendserve.report.number_format import (
+    count_of,
     divide,
     format_count,
     format_factor,
@@ -95,7 +96,7 @@ def _figures(job: JobFiles) -> tuple[tuple[str, str], ...]:
         ("of them from the cache", format_count(totals.get("num_cached_tokens"))),
         ("completion tokens", format_count(totals.get("num_completion_tokens"))),
         ("engine time", format_seconds(sum(shard.seconds for shard in done) if done else None)),
-        ("tokens/s, input + output", format_ratio(speed) if speed and speed < 100 else format_count(speed)),
+        ("tokens/s of engine time", format_ratio(speed) if speed and speed < 100 else format_count(speed)),
     )
 
 
@@ -134,20 +135,20 @@ def describe_plan(job: JobFiles) -> tuple[list[str], list[str]]:
     if job.plan is None:
         return [], []
     summary = job.plan.summary
-    sentences = [_size(summary, job), _sharing(summary), _density(summary, is_two_ended=job.plan.is_two_ended)]
-    sentences += [_seconds(summary, job)]
+    sentences = [_size(summary, job)]
+    if _planned(summary, job, "num_requests"):
+        sentences += [_sharing(summary), _density(summary, is_two_ended=job.plan.is_two_ended), _seconds(summary, job)]
     return [sentence for sentence in sentences if sentence], [str(text) for text in summary.get("warnings") or ()]
 
 
 def _size(summary: dict[str, Any], job: JobFiles) -> str:
-    num_requests = _planned(summary, job, "num_requests")
-    num_shards = summary.get("num_shards", len(job.shards))
+    num_requests, prompt_tokens, output_tokens = (
+        _planned(summary, job, name) for name in ("num_requests", "num_prompt_tokens", "estimated_output_tokens")
+    )
     text = (
-        f"Policy {job.plan.policy if job.plan else '?'} orders {format_count(num_requests)} requests with "
-        f"{format_count(_planned(summary, job, 'num_prompt_tokens'))} prompt tokens and an estimated "
-        f"{format_count(_planned(summary, job, 'estimated_output_tokens'))} output tokens into "
-        f"{format_count(num_shards)} "
-        f"shard{'' if num_shards == 1 else 's'}"
+        f"Policy {job.plan.policy if job.plan else '?'} orders {count_of(num_requests, 'request')} with "
+        f"{count_of(prompt_tokens, 'prompt token')} and an estimated {count_of(output_tokens, 'output token')} into "
+        f"{count_of(summary.get('num_shards', len(job.shards)), 'shard')}"
     )
     duplicates = summary.get("num_duplicates")
     return text + (
@@ -164,8 +165,10 @@ def _sharing(summary: dict[str, Any]) -> str:
     possible, kept = summary.get("prefix_sharing_optimal"), summary.get("prefix_sharing")
     if possible is None or kept is None:
         return ""
+    if not summary.get("has_prefix_cache", True):
+        return "There is no prefix cache, so no prefix is shared."
     if possible == 0:
-        return "No two prompts begin alike, so no prefix can be shared."
+        return "No two of them begin alike, so no prefix can be shared."
     return (
         f"{format_share(possible)} of the prompt tokens repeat a prefix that another request has too; the plan keeps "
         f"{format_share(kept)}, which is {format_share(kept / possible)} of what is possible."
@@ -188,7 +191,8 @@ def _seconds(summary: dict[str, Any], job: JobFiles) -> str:
     predicted = summary.get("predicted_seconds")
     if predicted is None:
         return ""
-    text = f"It should take {format_seconds(predicted)}"
+    gpus = job.record.spec.gpus
+    text = f"It should take {format_seconds(predicted)}{f', summed over {gpus} GPUs' if gpus > 1 else ''}"
     if (bound := summary.get("bound_seconds")) is not None:
         text += f" (the bound, with perfect sharing and overlap, is {format_seconds(bound)})"
     done = [run.done for run in job.shards if run.done is not None]

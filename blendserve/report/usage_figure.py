@@ -20,11 +20,12 @@ from blendserve.report.figure_style import (
     PLANNED,
     RIGHT,
     RIGHT_AREA,
+    SECONDS_AXIS,
     Chart,
     style,
 )
 from blendserve.report.job_files import JobFiles, ShardRun, read_columns
-from blendserve.report.number_format import format_count, format_seconds
+from blendserve.report.number_format import count_of, format_seconds
 
 _TITLE = "Resource use over time"
 _MAX_POINTS = 600  # every other pixel of the page
@@ -36,6 +37,7 @@ _PANELS = (
     "work per step, of its time",
     "time per step",
 )
+_HOVER = ("%{y:,.1~f}", "%{y:,.1~f}", "%{y:,.1~f}", "%{y:.0%}", "%{y:.3~s}s")  # a value of each panel
 _SUMMED = (
     "num_prefill_tokens",
     "num_decode_tokens",
@@ -71,14 +73,13 @@ def draw_usage(job: JobFiles) -> Chart:
     if timeline is None:
         return Chart.missing("usage", _TITLE, "No shard has left step metrics, so there is nothing to draw.")
     caption = (
-        f"What the engine did in {format_count(timeline.num_steps)} steps over {format_seconds(timeline.num_seconds)}"
+        f"What the engine did in {count_of(timeline.num_steps, 'step')} over {format_seconds(timeline.num_seconds)}"
         f"{', all runs laid end to end' if len(timeline.run_starts) > 1 else ''}: where blending works, prefill and "
         "decode tokens share the steps all the way through, both fronts are running and the cache is kept full. "
         "Work is what the plan says of a step's tokens and KV cache reads; where it overlaps, both kinds together are "
         "more than the step's time"
     )
-    preempted = timeline.num_preempted
-    caption += f" ({format_count(preempted)}\N{NO-BREAK SPACE}preemption{'' if preempted == 1 else 's'})."
+    caption += f" ({count_of(timeline.num_preempted, 'preemption')})."
     return Chart.drawn("usage", _TITLE, caption, _figure(timeline))
 
 
@@ -166,7 +167,7 @@ def _figure(timeline: Timeline) -> go.Figure:
                 fill=None if area is None else "tonexty" if is_stacked else "tozeroy",
                 fillcolor=area,
                 stackgroup=f"panel {row}" if is_stacked else None,
-                hovertemplate=f"%{{y:.4~s}} {label}<extra></extra>",
+                hovertemplate=f"{_HOVER[row - 1]} {label}<extra></extra>",
             ),
             row=row,
             col=1,
@@ -176,6 +177,7 @@ def _figure(timeline: Timeline) -> go.Figure:
     figure.update_yaxes(rangemode="tozero", tickformat="~s", nticks=5)
     figure.update_yaxes(tickformat=".0%", row=4, col=1)
     figure.update_yaxes(ticksuffix="s", row=len(_PANELS), col=1)
+    figure.update_xaxes(**SECONDS_AXIS)
     figure.update_xaxes(title_text="seconds of engine time", row=len(_PANELS), col=1)
     if len(timeline.run_starts) > 1:
         _mark_runs(figure, timeline)

@@ -16,6 +16,7 @@ from blendserve.engine import device
 from blendserve.engine.memory_forecast import MemoryForecast
 from blendserve.engine.request import Request
 from blendserve.engine.running import RunningRequests
+from blendserve.engine_limits import EngineLimits, resolve_limits
 from blendserve.errors import UsageError
 from blendserve.spec import EngineSpec
 
@@ -123,10 +124,9 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_sizes_that_are_left_open_suit_the_device() -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert device.resolve_limits(EngineSpec(), cpu) == device.EngineLimits(16, 64, 512)
-    assert device.resolve_limits(EngineSpec(), cuda) == device.EngineLimits(128, 1024, 8192)
-    assert device.resolve_limits(EngineSpec(block_size=32, max_num_seqs=2), cuda) == device.EngineLimits(32, 2, 8192)
+    assert resolve_limits(EngineSpec(), is_gpu=False) == EngineLimits(16, 64, 512)
+    assert resolve_limits(EngineSpec(), is_gpu=True) == EngineLimits(128, 1024, 8192)
+    assert resolve_limits(EngineSpec(block_size=32, max_num_seqs=2), is_gpu=True) == EngineLimits(32, 2, 8192)
 
 
 def test_a_container_limit_bounds_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blendserve.engine import engine
-from blendserve.engine.device import EngineLimits
+from blendserve.engine_limits import EngineLimits
 from blendserve.models.batch import ModelBatch
 from blendserve.models.llama import LayerCache, LlamaModel
 from tests.engine.engine_runs import ModelFactory, generate, make_engine, make_prompts, run_engine, stated_requests
@@ -47,7 +47,7 @@ def test_tokens_do_not_depend_on_the_batch(folder: Path, settings: dict[str, Any
 def test_decodes_as_chunks_and_padding_change_no_token(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does in a deterministic run, done on any device."""
     limits = EngineLimits(8, 5, 48, is_batch_invariant=True)
-    monkeypatch.setattr(engine, "resolve_limits", lambda _spec, _device: limits)
+    monkeypatch.setattr(engine, "resolve_limits", lambda _spec, is_gpu: limits)
     forward, longest = LlamaModel.forward, set()
 
     def see(model: LlamaModel, batch: ModelBatch, kv_cache: list[LayerCache]) -> torch.Tensor:

@@ -125,12 +125,20 @@ def test_unsupported_settings_are_refused_by_name(folder: Path, changes: dict[st
         ModelConfig.load(folder)
 
 
-def test_a_missing_size_is_named(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    del config["intermediate_size"]
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="has no 'intermediate_size'"):
+@pytest.mark.parametrize("changes", [{"intermediate_size": None}, {"hidden_size": "wide"}])
+def test_a_garbled_size_is_refused(folder: Path, changes: dict[str, Any]) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(ModelError, match=r"config\.json lacks or garbles a size of the model"):
         ModelConfig.load(folder)
+
+
+def test_what_a_config_lacks_is_named(folder: Path) -> None:
+    for name in ("rms_norm_eps", "intermediate_size"):
+        config = json.loads((folder / "config.json").read_text())
+        del config[name]
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=name):
+            ModelConfig.load(folder)
 
 
 def test_configs_of_transformers_4_and_5_mean_the_same(folder: Path) -> None:

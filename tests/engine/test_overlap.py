@@ -15,7 +15,7 @@ from blendserve.engine.step_metrics import StepMetrics
 from blendserve.hardware_profile import SideBySide, write_profile
 from blendserve.planner.performance_model import cost_constants, load_hardware, load_model_shape, step_floor_seconds
 from tests.engine.engine_runs import ListSource, generate, make_engine, make_prompts, run_engine, stated_requests
-from tests.profiles import H100, make_profile
+from tests.profiles import H100, LLAMA, make_profile
 
 PROMPTS = make_prompts(16, seed=2)
 ALWAYS = OverlapPolicy(
@@ -81,11 +81,10 @@ def test_the_profile_of_this_gpu_and_model_decides(
     pays, loses = (
         SideBySide(num_kv_tokens=200_000, num_prefill_tokens=1024, num_programs=36, gain=gain) for gain in (1.05, 1.01)
     )
-    profile = make_profile(side_by_side=(pays, loses))
-    write_profile(tmp_path / "a.json", profile)
-    assert overlap_policy(H100, profile.model) == OverlapPolicy((pays,))
+    write_profile(tmp_path / "a.json", make_profile(side_by_side=(pays, loses)))
+    assert overlap_policy(H100, LLAMA) == OverlapPolicy((pays,))
     write_profile(tmp_path / "a.json", make_profile(side_by_side=(loses,)))
-    assert overlap_policy(H100, profile.model) is None
+    assert overlap_policy(H100, LLAMA) is None
     with caplog.at_level(logging.WARNING):
-        assert overlap_policy("NVIDIA H200", profile.model) is None
+        assert overlap_policy("NVIDIA H200", LLAMA) is None
     assert "no profile" in caplog.text and "NVIDIA H200" in caplog.text

@@ -9,19 +9,20 @@ import pytest
 from tests.golden.relations import rows_of
 
 
-def test_groups_are_sorted_by_their_next_tokens_the_shorter_prompt_first(tmp_path):
+def test_groups_are_sorted_by_branches_then_next_tokens_the_shorter_prompt_first(tmp_path):
     end = -(2**31)
     unsettled = {
-        "place": [0, 1, 2, 3, 4, 5, 6],
-        "group_number": [0, 0, 0, 1, 1, 1, 1],
-        "token_0": [9, 2, 2, 7, 7, 7, 7],
-        "token_1": [1, 5, 3, 7, 7, end, 7],
-        "token_2": [1, 0, 9, 1, 1, end, 1],
-        "token_3": [1, 0, 9, end, end, end, end],
-        "num_tokens_left": [8, 6, 4, 4, 3, 1, 3],
+        "place": [0, 1, 2, 3, 4, 5, 6, 7],
+        "group_number": [0, 0, 0, 1, 1, 1, 1, 1],
+        "branch": [5, 5, 5, 5, 5, 5, 5, 4],
+        "token_0": [9, 2, 2, 7, 7, 7, 7, 9],
+        "token_1": [1, 5, 3, 7, 7, end, 7, 1],
+        "token_2": [1, 0, 9, 1, 1, end, 1, 1],
+        "token_3": [1, 0, 9, end, end, end, end, 1],
+        "num_tokens_left": [8, 6, 4, 4, 3, 1, 3, 9],
     }
     rows = rows_of(tmp_path, "split_groups", {"unsettled": unsettled})
-    assert [row["place"] for row in rows] == [2, 1, 0, 5, 4, 6, 3]
+    assert [row["place"] for row in rows] == [2, 1, 0, 7, 5, 4, 6, 3]
 
 
 @pytest.mark.parametrize(("dedupe", "expected"), [(True, [None, 4, None, None, None, 6]), (False, [None] * 6)])

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from blendserve import cli
+from blendserve.console import Console
 from blendserve.errors import Interrupted, OutputError
 from blendserve.spec import JobSpec
 
@@ -101,6 +102,17 @@ def test_workload_then_simulate(tmp_path: Path) -> None:
     refused = call("simulate", "--input", path, *target, "--policies", "best")
     assert refused.exit_code == 2
     assert "Unknown policies: best" in refused.stderr
+
+
+def test_small_and_large_figures_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    run = {"seconds": 0.0421, "tokens_per_second": 654.0, "prefix_sharing": 0.79, "num_preemptions": 0}
+    hours = {"device_hours": 0.0188, "cost": 0.0565}
+    found = {"policies": {"blend": {**run, **hours}}, "bound_seconds": 12_345.6, "prefix_sharing_optimal": 0.8}
+    Console().simulation(found)
+    Console().step("plan", {"predicted_seconds": 12_345.6, "density": 1.0})
+    shown = capsys.readouterr().out
+    assert {"0.0421", "0.0188", "0.0565"} <= set(shown.split())
+    assert shown.split().count("12,346") == 2
 
 
 def test_doctor_reports_what_it_found() -> None:

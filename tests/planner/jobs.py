@@ -23,9 +23,9 @@ CONFIG = {
 }
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
     return folder
 
 

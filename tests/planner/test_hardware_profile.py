@@ -97,6 +97,15 @@ def test_a_profile_of_another_gpu_or_model_is_refused_when_named_and_ignored_whe
         load_hardware(str(path), model=BUILT_IN_MODELS["qwen2.5-7b"])
 
 
+def test_a_broken_profile_stops_no_job_that_does_not_name_it(see_gpu):
+    profiles = see_gpu(H100)
+    (profiles / "broken.json").write_text('{"format": 2}')
+    hardware = load_hardware("auto", model=LLAMA)
+    assert (hardware.name, hardware.warnings) == ("h100", ("Profile broken.json is no valid profile: not used.",))
+    write_profile(profiles / "h100.json", make_profile())
+    assert load_hardware("auto", model=LLAMA).profile == make_profile()
+
+
 @pytest.mark.parametrize("gpu", ["NVIDIA A10", "NVIDIA GH200 480GB", "NVIDIA A100-SXM4-40GB", "NVIDIA H20"])
 def test_an_unknown_gpu_is_not_silently_planned_as_another(see_gpu, gpu):
     see_gpu(gpu)

@@ -47,7 +47,7 @@ def test_the_second_run_needs_no_sample(tmp_path):
     second = make_job(tmp_path / "runs/2", seed=1)
     assert write_sample_plan(second, make_spec(second), model) == 0
     plan = make_plan(second, make_spec(second), model)
-    assert plan.summary["output_length_sources"] == {"hint": 0, "sample": 0, "history": 60, "max_tokens": 0}
+    assert plan.summary["output_length_sources"] == {"fixed": 0, "hint": 0, "sample": 0, "history": 60, "max_tokens": 0}
     rows = [row for shard in plan.shards for row in pq.read_table(second.plan / shard.file).to_pylist()]
     assert {row["estimated_output_tokens"] for row in rows if row["row_index"] % 2} == {3}
     assert {row["estimated_output_tokens"] for row in rows if row["row_index"] % 2 == 0} == {400}

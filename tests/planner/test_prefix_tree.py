@@ -7,9 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blendserve.planner import sorted_prompts
 from blendserve.planner.prefix_tree import build_prefix_tree, range_minimum
 from blendserve.planner.sorted_prompts import sort_prompts
 
@@ -115,6 +117,19 @@ def test_prompts_that_end_sort_before_those_that_go_on_with_the_least_number(tmp
     found = sort_prompts(tmp_path / "p.parquet", tmp_path)
     assert found.file_position.tolist() == [2, 4, 1, 3, 0]
     assert found.shared_prefix_tokens.tolist() == [0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("ending", [[], [7, 7]])
+def test_prompts_that_begin_alike_for_ever_longer_are_sorted_in_few_rounds(tmp_path, monkeypatch, ending):
+    base = np.random.default_rng(0).integers(0, 5, 400).tolist()
+    prompts = [base[:length] + ending for length in np.random.default_rng(1).permutation(400).tolist()]
+    pq.write_table(pa.table({"prompt_token_ids": pa.array(prompts, pa.list_(pa.int32()))}), tmp_path / "p.parquet")
+    rounds = []
+    split = sorted_prompts._split_groups
+    monkeypatch.setattr(sorted_prompts, "_split_groups", lambda *given: rounds.append(1) or split(*given))
+    found = sort_prompts(tmp_path / "p.parquet", tmp_path)
+    assert found.file_position.tolist() == sorted(range(400), key=lambda place: prompts[place])
+    assert len(rounds) <= 12  # four tokens a round would take a hundred
 
 
 @settings(deadline=None)

@@ -97,9 +97,14 @@ def test_wrong_inputs_are_refused(tmp_path):
         simulate(path, **MACHINE)
     with pytest.raises(InputError, match="can't be read"):
         simulate(tmp_path / "missing.parquet", **MACHINE)
-    for wrong in (-1, None):
+    for wrong in (-1, None, float("nan")):
         pq.write_table(pa.table({"input_tokens": [5, 6], "output_tokens": [3, wrong]}), tmp_path / "wrong.parquet")
         with pytest.raises(InputError, match=r"in row 1 .*Expected 0 or more"):
+            simulate(tmp_path / "wrong.parquet", **MACHINE)
+    for wrong in ({"output_tokens": ["3"]}, {"input_tokens": ["5"]}, {"prompt_token_ids": ["text"]}):
+        columns = {"output_tokens": [3], **({"input_tokens": [5]} if "output_tokens" in wrong else {}), **wrong}
+        pq.write_table(pa.table(columns), tmp_path / "wrong.parquet")
+        with pytest.raises(InputError, match=rf"{next(iter(wrong))} of type string\. Expected"):
             simulate(tmp_path / "wrong.parquet", **MACHINE)
     with pytest.raises(ModelError, match="Expected a model's folder"):
         simulate(path, model="gpt-17", hardware="a100-80gb")

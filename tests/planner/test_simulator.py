@@ -17,6 +17,7 @@ from blendserve.planner.simulate import POLICIES, bound_seconds
 from blendserve.planner.simulated_job import SimulatedJob
 from blendserve.planner.simulated_run import run_policy, run_schedule
 from blendserve.planner.simulation import SimulatedMachine
+from blendserve.planner.usage_recorder import UsageRecorder
 
 UNITS = CostConstants(
     seconds_per_layer_token=1e-3,
@@ -205,6 +206,12 @@ def test_usage_over_time_adds_up():
     assert usage.compute.sum() * usage.piece_seconds == pytest.approx(result.compute_seconds)
     assert usage.memory.sum() * usage.piece_seconds == pytest.approx(result.memory_seconds)
     assert usage.held_tokens.max() <= 20_000
+
+
+def test_a_run_of_microseconds_has_more_than_one_piece():
+    usage = UsageRecorder()
+    usage.add(3e-5, 2e-5, 1e-5, 100.0)
+    assert 3 <= len(usage.usage().compute) <= 513
 
 
 def test_peak_is_that_of_stepping_through():

@@ -10,11 +10,12 @@ import pytest
 
 from blendserve.manifest import StepCosts
 from blendserve.planner.prefix_tree import build_prefix_tree
-from blendserve.report.comparison_figures import _bin_lengths, draw_cached, draw_lengths
+from blendserve.report.comparison_figures import _bin_lengths, draw_cached, draw_lengths, draw_seconds
 from blendserve.report.density_figure import _read_steps, draw_density
 from blendserve.report.figure_style import log_ticks
 from blendserve.report.job_files import read_job
 from blendserve.report.number_format import (
+    count_of,
     divide,
     format_count,
     format_factor,
@@ -126,6 +127,8 @@ def test_log_axes_have_a_few_readable_ticks() -> None:
     assert log_ticks(np.array([0.096, 3.73]))["ticktext"][2:6] == ["0.05", "0.1", "0.2", "0.5"]
     assert "tickvals" not in log_ticks(np.array([1e-9, 1e9]))
     assert "tickvals" not in log_ticks(np.array([0.0, np.nan]))
+    assert "tickvals" not in log_ticks(np.array([15.6, 34.7]))  # 20 would stand alone
+    assert log_ticks(np.array([0.32404137931, 0.32404137931]))["ticktext"] == ["0.324"]
 
 
 def test_few_estimates_are_bins_of_their_own_and_many_are_grouped() -> None:
@@ -187,6 +190,21 @@ def test_the_work_of_a_step_is_drawn_as_the_plan_prices_it(job) -> None:
     assert timeline.means["memory_share"] == pytest.approx(1e-9 * kv_bytes / seconds)
 
 
+def test_tooltips_have_the_units_of_their_axes(job) -> None:
+    job.step_costs = StepCosts(seconds_per_token=1e-4, seconds_per_sampled_token=1e-5, seconds_per_kv_byte=1e-9)
+    job.write()
+    files = read_job(job.folder)
+    for chart in (draw_usage(files), draw_predicted_usage(files)):
+        assert json.loads(chart.data)["layout"]["xaxis"]["ticksuffix"] == " s"
+    formats = {trace["name"]: trace["hovertemplate"] for trace in traces(draw_usage(files))}
+    assert formats["prefill"].startswith("%{y:,.1~f} ")
+    assert formats["compute"].startswith("%{y:.0%} ")
+    assert formats["mean"].startswith("%{y:.3~s}s ")
+    seconds, cached = (traces(draw(files)) for draw in (draw_seconds, draw_cached))
+    assert seconds[1]["customdata"] == ["4 s", "4 s", "5 s"]
+    assert cached[0]["customdata"][0] == "40.0 %"
+
+
 def test_a_plan_of_an_earlier_version_says_nothing_of_the_work_of_a_step(job) -> None:
     job.write()
     timeline = read_timeline(read_job(job.folder))
@@ -200,6 +218,8 @@ def test_reasons_are_grouped_without_numbers_and_quotes(job) -> None:
         *(f"the prompt has {length} tokens, more than 2048" for length in range(3000, 3050)),
         "column 'prompt', which the template names, is null",
         "the template fails on this row: ValueError: invalid literal: 'my secret text'",
+        "the template fails on this row: ValueError: invalid literal: " + repr('it\'s a "secret" text'),
+        "the row can't be read: 'my secret text' isn't one",
     )
     job.write()
     errors = group_errors(read_job(job.folder))
@@ -210,7 +230,9 @@ def test_reasons_are_grouped_without_numbers_and_quotes(job) -> None:
     texts = [reason.text for reason in errors.reasons]
     assert "column 'prompt', which the template names, is null" in texts
     assert "the template fails on this row: ValueError: invalid literal: ‘…’" in texts
-    assert sum(reason.num_rows for reason in errors.reasons) == 53
+    assert "the row can't be read: ‘…’ isn't one" in texts
+    assert not any("secret" in text or "it" in text.split() for text in texts)
+    assert sum(reason.num_rows for reason in errors.reasons) == 55
     assert errors.num_others == 0
 
 
@@ -236,7 +258,12 @@ def test_many_reasons_are_cut_and_the_rest_counted(job) -> None:
         (format_seconds(99.96), "1 min 40 s"),
         (format_seconds(7_500), "2 h 05 min"),
         (format_share(0.3514), "35.1 %"),
+        (count_of(1, "request"), "1 request"),
+        (count_of(1_234, "request"), "1,234 requests"),
         (format_ratio(0.09618), "0.0962"),
+        (format_ratio(999.4), "999"),
+        (format_ratio(12_345.6), "12,346"),
+        (format_factor(1_234.5), "1,234×"),
         (format_factor(1.0), "1.00×"),
         (format_factor(23.57), "23.6×"),
         (str(divide(1, 0)), "None"),

@@ -15,7 +15,7 @@ import pytest
 from blendserve import schemas
 from blendserve.errors import OutputError
 from blendserve.job_folder import JobFolder
-from blendserve.manifest import write_manifest
+from blendserve.manifest import PlanManifest, read_manifest, write_manifest
 from blendserve.report.page import write_report
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
@@ -78,7 +78,7 @@ def test_shows_every_section_and_the_numbers_of_the_job(job) -> None:
     assert "do not add up" not in page.text
     for number in ("123,456", "45,678", "7,890", "f1e2d3c4" * 8, "duckdb 2.0.0"):
         assert number in page.text
-    assert "tokens/s, input + output 338" in page.text  # (40 * 100 + 40 * 10) / (4 + 4 + 5) seconds
+    assert "tokens/s of engine time 338" in page.text  # (40 * 100 + 40 * 10) / (4 + 4 + 5) seconds
     assert "40.0 % of the prompt tokens repeat" in page.text
     assert "the plan keeps 39.6 %, which is 99.0 % of what is possible" in page.text
     assert "density 3.73 on the left and 0.096 on the right" in page.text
@@ -192,7 +192,7 @@ def test_a_resumed_shard_is_left_out_of_the_speed(job) -> None:
     path = job.folder.completions / "shard-00000" / "shard.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"num_resumed": 0', '"num_resumed": 3'), encoding="utf-8")
     page = read_page(job.folder)
-    assert "tokens/s, input + output 269" in page.text  # (22 * 100 + 22 * 10) / (4 + 5) seconds
+    assert "tokens/s of engine time 269" in page.text  # (22 * 100 + 22 * 10) / (4 + 5) seconds
     assert "A shard that was resumed may lack the last 30 seconds of an attempt that was killed" in page.text
     assert "(without the last 30 seconds of attempts that were killed)" in page.text
 
@@ -207,6 +207,27 @@ def test_a_summary_without_its_keys_and_an_incomplete_job(job) -> None:
     assert "orders 35 requests with 3,500 prompt tokens and an estimated 350 output tokens into 2 shards" in page.text
     assert "incomplete" in page.text
     assert "do not add up" in page.text
+
+
+@pytest.mark.parametrize(
+    ("summary", "expected", "unexpected"),
+    [
+        ({"num_requests": 0}, "orders 0 requests", "It should take"),
+        ({"num_requests": 1}, "orders 1 request with", "1 requests"),
+        ({"prefix_sharing_optimal": 0.0, "prefix_sharing": 0.0}, "No two of them begin alike", "No two prompts"),
+        ({"has_prefix_cache": False}, "There is no prefix cache, so no prefix is shared.", "of what is possible"),
+        ({"predicted_seconds": 900.0}, "It should take 15 min 00 s, summed over 2 GPUs", "15 min 00 s and took"),
+    ],
+)
+def test_the_plan_in_words_says_what_is_so(job, summary: dict[str, object], expected: str, unexpected: str) -> None:
+    job.spec = {"gpus": 2}
+    job.write()
+    plan = read_manifest(job.folder.plan / "plan.json", PlanManifest)
+    plan = plan.model_copy(update={"summary": {**plan.summary, **summary}})
+    write_manifest(job.folder.plan / "plan.json", plan)
+    page = read_page(job.folder)
+    assert expected in page.text
+    assert unexpected not in page.text
 
 
 def test_replaces_an_older_report_and_leaves_nothing_else(job) -> None:
