@@ -173,13 +173,12 @@ class RunShardOperator(EngineOperator):
 class MergeOperator(FolderOperator):
     """Write the results: every input row exactly once. Rows of shards that failed come out with an error."""
 
-    reads = ("work/*", "completions/*")
-    is_alone = False
-
-    def run_in(self, root: Path, context: Context) -> dict[str, Any]:
+    def run_step(self, context: Context) -> dict[str, Any]:
         from blendserve import job
+        from blendserve.working_copy import working_copy
 
-        return self.logged({**job.merge(root, allow_missing=True), "path": _results(self.root)})
+        with held(self.root) as lease, working_copy(self.root, ("work/*", "completions/*")) as root:
+            return self.logged({**job.merge(root, lease, allow_missing=True), "path": _results(self.root)})
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
         """For Airflow's OpenLineage provider: the job's input and results."""
@@ -236,8 +235,8 @@ class GateOperator(FolderOperator):
                 return job.finish(root)
         except ReconciliationError:
             # The results are older than the completions: shards that had failed were cleared, but merge was not.
-            with working_copy(self.root) as root:
-                job.merge(root)
+            with held(self.root) as lease, working_copy(self.root) as root:
+                job.merge(root, lease)
                 job.report(root)
                 return job.finish(root)
 

@@ -239,7 +239,7 @@ def test_gate_fails_the_run_when_rows_failed_and_the_job_asks_for_it(
 
 
 def test_gate_merges_again_when_shards_finished_after_the_merge(
-    context: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    context: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calls: list[str] = []
 
@@ -250,20 +250,22 @@ def test_gate_merges_again_when_shards_finished_after_the_merge(
         return {"counts": {"input_rows": 3, "failed": 0, "rejected": 0}, "spec": {"on_row_error": "fail"}}
 
     monkeypatch.setattr(job, "finish", finish)
-    monkeypatch.setattr(job, "merge", lambda _root: calls.append("merge"))
+    monkeypatch.setattr(job, "merge", lambda _root, _lease: calls.append("merge"))
     monkeypatch.setattr(job, "report", lambda _root: calls.append("report"))
-    GateOperator(task_id="gate", root="/job").execute(context)
+    GateOperator(task_id="gate", root=f"{tmp_path}/job").execute(context)
     assert calls == ["finish", "merge", "report", "finish"]
 
 
-def test_gate_fails_when_rows_are_missing(context: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_root: Path) -> None:
+def test_gate_fails_when_rows_are_missing(
+    context: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(_root: Path, _lease: Any = None) -> None:
         raise ReconciliationError("3 request(s) of /job have no completion")
 
     monkeypatch.setattr(job, "finish", fail)
     monkeypatch.setattr(job, "merge", fail)
     with pytest.raises(ReconciliationError):
-        GateOperator(task_id="gate", root="/job").execute(context)
+        GateOperator(task_id="gate", root=f"{tmp_path}/job").execute(context)
 
 
 @pytest.mark.parametrize("step", ["extract", "tokenize"])

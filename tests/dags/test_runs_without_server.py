@@ -19,6 +19,7 @@ import pytest
 
 from blendserve import job
 from blendserve.airflow.standalone import is_healthy
+from blendserve.job_record import holding
 from blendserve.manifest import ShardManifest, read_manifest
 from blendserve.spec import JobSpec
 from tests import object_store as stores
@@ -141,7 +142,8 @@ with DAG("own", schedule=None):
     assert any("Process timed out" in line for line in lines)
     shard = read_manifest(root / "completions" / "shard-00000" / "shard.json", ShardManifest)
     assert 0 < shard.num_resumed < NUM_SLOW_ROWS
-    job.merge(root)
+    with holding(root) as lease:
+        job.merge(root, lease)
     assert pq.read_table(root / "results")["num_completion_tokens"].to_pylist() == [200] * NUM_SLOW_ROWS
 
 
