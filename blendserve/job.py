@@ -95,9 +95,12 @@ def preflight(spec: JobSpec, root: Path | None = None) -> dict[str, Any]:
     }
 
 
-def extract(spec: JobSpec, root: Path | None = None) -> dict[str, Any]:
-    """Claim the output folder; copy the input rows and make a request of each: `input_rows`, `requests`."""
-    return _extract(examine(spec, root))
+def extract(spec: JobSpec, root: Path | None = None, *, begun_by: str | None = None) -> dict[str, Any]:
+    """Claim the output folder; copy the input rows and make a request of each: `input_rows`, `requests`.
+
+    `begun_by`: the name of a run, in which `force` discards an earlier job once only.
+    """
+    return _extract(examine(spec, root), begun_by)
 
 
 def tokenize(root: Path) -> dict[str, Any]:
@@ -271,9 +274,9 @@ def _held(spec: JobSpec) -> Iterator[tuple[ExaminedJob, Lease]]:
         yield examined, lease
 
 
-def _extract(examined: ExaminedJob) -> dict[str, Any]:
+def _extract(examined: ExaminedJob, begun_by: str | None = None) -> dict[str, Any]:
     folder = examined.folder
-    claim(folder, examined.record)
+    claim(folder, examined.record.model_copy(update={"begun_by": begun_by}))
     with step(folder, "extract", "input_rows", "requests") as is_done:
         if not is_done:
             extract_requests(examined.record.spec, examined.files, folder)

@@ -60,7 +60,8 @@ class ExtractOperator(JobOptionsOperator):
 
         spec = self.job_spec(context)
         with held(spec.output), working_copy(spec.output, ["work/requests.parquet"]) as root:
-            return self.logged({**job.extract(spec, root), "root": spec.output})
+            found = job.extract(spec, root, begun_by=f"{self.dag_id}/{context['run_id']}")
+            return self.logged({**found, "root": spec.output})
 
 
 class TokenizeOperator(FolderOperator):

@@ -268,6 +268,22 @@ def test_gate_fails_when_rows_are_missing(
         GateOperator(task_id="gate", root=f"{tmp_path}/job").execute(context)
 
 
+def test_cleared_extract_of_a_run_that_starts_over_keeps_what_the_run_did(
+    context: dict[str, Any], workspace: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRFLOW__BLENDSERVE__ALLOWED_PATHS", f"{workspace},{tiny_model}")
+    context["params"] = {"model": str(tiny_model), "input": "requests.parquet", "output": "out", "force": True}
+    with DAG("batch", schedule=None):
+        extract = ExtractOperator(task_id="extract", use_params=True)
+    extract.execute(context)
+    completions = workspace / "out" / "completions"
+    completions.mkdir()
+    extract.execute(context)
+    assert completions.is_dir()
+    extract.execute(context | {"run_id": "run-2"})
+    assert not completions.exists()
+
+
 @pytest.mark.parametrize("step", ["extract", "tokenize"])
 def test_a_step_keeps_out_of_a_folder_that_another_run_has_in_hand(
     context: dict[str, Any], workspace: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, step: str
