@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from airflow.sdk import BaseOperator, Context, ObjectStoragePath
 from airflow.sdk.log import mask_secret
 
-from blendserve.airflow import configuration
+from blendserve.airflow import configuration, library
 from blendserve.airflow.job_options import job_spec, secrets_in
 from blendserve.airflow.retries import RETRY_POLICY
 from blendserve.airflow.storage import use_connection
@@ -83,8 +83,12 @@ class JobOptionsOperator(BlendServeOperator):
         options = dict(self.options)
         if self.prompt_template is not None:
             options["template"] = self.prompt_template
-        form = dict(context["params"]) if self.use_params else {}
-        return job_spec(options, form, context["run_id"])
+        return job_spec(options, self._form(context) if self.use_params else {}, context["run_id"])
+
+    def _form(self, context: Context) -> dict[str, Any]:
+        """The run's params without those that the DAG declares for tasks of its own; a mistyped one is still there."""
+        own = set(self.params) - set(JobSpec.model_fields) - set(library.FIELDS)
+        return {name: value for name, value in context["params"].items() if name not in own}
 
 
 class FolderOperator(BlendServeOperator):

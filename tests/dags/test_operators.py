@@ -70,6 +70,16 @@ def test_preflight_returns_the_folder_and_leaves_a_mark_for_the_report_tab(
     assert context["pushed"] == {"blendserve_output": f"{workspace}/out/run-1"}
 
 
+def test_params_that_a_dag_declares_for_itself_are_no_options_of_the_job(context: dict[str, Any]) -> None:
+    with DAG("own", schedule=None, params={"team": "reviews"}):
+        operator = PreflightOperator(task_id="preflight", use_params=True)
+    context["params"]["team"] = "articles"
+    assert operator.job_spec(context).input.endswith("requests.parquet")
+    context["params"]["max_token"] = 3
+    with pytest.raises(UsageError, match="Unknown option 'max_token'"):
+        operator.job_spec(context)
+
+
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
