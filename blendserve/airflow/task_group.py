@@ -37,6 +37,10 @@ from blendserve.errors import UsageError
 from blendserve.spec import JobSpec
 
 DEFAULT_EXECUTION_TIMEOUT = timedelta(hours=12)
+_SHARD_NAME = (
+    "{% if task.shard['shard'] is none %}nothing left to run"
+    "{% else %}shard {{ task.shard['shard'] }} · density {{ task.shard['density'] }}{% endif %}"
+)
 
 
 class BlendServePlan(TaskGroup):  # type: ignore[misc]
@@ -126,7 +130,7 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
             run_shard = RunShardOperator.partial(
                 task_id="run_shard",
                 root=root,
-                map_index_template="shard {{ task.shard['shard'] }} · density {{ task.shard['density'] }}",
+                map_index_template=_SHARD_NAME,
                 **on_gpu,
             ).expand(shard=plan.output)
             merge = MergeOperator(task_id="merge", root=root, trigger_rule="all_done_min_one_success")

@@ -226,6 +226,15 @@ def test_nothing_left_to_run_is_a_success(context: dict[str, Any]) -> None:
     assert RunShardOperator(task_id="run_shard", root="/job", shard=shard).execute(context) == {"num_requests": 0}
 
 
+@pytest.mark.parametrize(("shard", "name"), [(3, "shard 3 · density 0.9"), (None, "nothing left to run")])
+def test_names_of_mapped_tasks(shard: int | None, name: str) -> None:
+    with DAG("own", schedule=None) as dag:
+        BlendServeBatch(input="/in", output="/out")
+    template = dag.get_task("blendserve.run_shard").partial_kwargs["map_index_template"]
+    task = SimpleNamespace(shard={"shard": shard, "density": 0.9})
+    assert dag.get_template_env().from_string(template).render(task=task) == name
+
+
 @pytest.mark.parametrize(
     ("failed", "rejected", "policy", "passes"),
     [(0, 0, "fail", True), (1, 0, "continue", True), (1, 0, "fail", False), (0, 2, "fail", False)],
