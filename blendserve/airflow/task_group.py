@@ -49,6 +49,7 @@ class BlendServePlan(TaskGroup):  # type: ignore[misc]
     :param group_id: name of the group in the DAG.
     :param use_params: the run's params (the trigger form) win over the options.
     :param storage_conn_id: connection of the type “BlendServe object store”, for jobs on one.
+    :param retries: as for `BlendServeBatch`, like the two after it.
     :param options: fields of `JobSpec`.
     """
 
@@ -58,10 +59,20 @@ class BlendServePlan(TaskGroup):  # type: ignore[misc]
         *,
         use_params: bool = False,
         storage_conn_id: str | None = None,
+        retries: int | None = None,
+        retry_delay: timedelta | None = None,
+        retry_policy: RetryPolicy | None = None,
         **options: Any,
     ) -> None:
+        super().__init__(group_id=group_id)
         options, named = plain_options(options)
-        super().__init__(group_id=group_id, default_args={"storage_conn_id": storage_conn_id or named})
+        self.default_args = _default_args(
+            self,
+            storage_conn_id=storage_conn_id or named,
+            retries=retries,
+            retry_delay=retry_delay,
+            retry_policy=retry_policy,
+        )
         with self:
             root, prepared = _prepare(options, use_params)
             plan = PlanOperator(task_id="plan", root=root, is_preview=True)
@@ -83,7 +94,8 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
     :param queue: queue of these tasks; by default `[blendserve] gpu_queue`, or else the executor's default queue.
     :param executor: executor of these tasks, where Airflow has several; by default the first one.
     :param executor_config: what that executor wants to know of these tasks, such as `{"pod_override": …}`.
-    :param retries: attempts after the first one; each goes on where the last one stopped.
+    :param retries: attempts after the first one; each goes on where the last one stopped. By default what the DAG's
+        `default_args` say, or else 2; so it is with the connection and the next two.
     :param retry_delay: time before the next attempt; by default `[blendserve] retry_delay_seconds`.
     :param retry_policy: which failures are tried again; by default `RETRY_POLICY`.
     :param execution_timeout: longest time for one shard.
@@ -101,22 +113,21 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
         queue: str | None = None,
         executor: str | None = None,
         executor_config: dict[str, Any] | None = None,
-        retries: int = 2,
+        retries: int | None = None,
         retry_delay: timedelta | None = None,
         retry_policy: RetryPolicy | None = None,
         execution_timeout: timedelta = DEFAULT_EXECUTION_TIMEOUT,
         **options: Any,
     ) -> None:
-        delay = retry_delay or timedelta(seconds=configuration.get_integer("retry_delay_seconds"))
+        super().__init__(group_id=group_id)
         options, named = plain_options(options)
-        storage_conn_id = storage_conn_id or named
-        shared = {
-            "retries": retries,
-            "retry_delay": delay,
-            "retry_policy": retry_policy or RETRY_POLICY,
-            "storage_conn_id": storage_conn_id,
-        }
-        super().__init__(group_id=group_id, default_args=shared)
+        self.default_args = _default_args(
+            self,
+            storage_conn_id=storage_conn_id or named,
+            retries=retries,
+            retry_delay=retry_delay,
+            retry_policy=retry_policy,
+        )
         on_gpu = {
             **_gpu_placement(pool, queue),
             "execution_timeout": execution_timeout,
@@ -154,6 +165,19 @@ def _prepare(options: dict[str, Any], use_params: bool) -> tuple[str, AnalyzeOpe
     analyze = AnalyzeOperator(task_id="analyze", root=root)
     preflight >> extract >> tokenize >> analyze
     return root, analyze
+
+
+def _default_args(group: TaskGroup, **stated: Any) -> dict[str, Any]:
+    """What all tasks of the group get: what is stated, or else what the DAG and the groups around say, or else ours."""
+    ours = {
+        "storage_conn_id": None,
+        "retries": 2,
+        "retry_delay": timedelta(seconds=configuration.get_integer("retry_delay_seconds")),
+        "retry_policy": RETRY_POLICY,
+    }
+    return {**ours, **group.dag.default_args, **group.default_args} | {
+        name: value for name, value in stated.items() if value is not None
+    }
 
 
 def _gpu_placement(pool: str | None, queue: str | None) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from airflow.sdk import DAG, RetryAction
+from airflow.sdk import DAG, RetryAction, TaskGroup
 from airflow.sdk._shared.secrets_masker import redact
 from airflow.sdk.exceptions import AirflowFailException
 
@@ -27,7 +28,7 @@ from blendserve.airflow.operators import (
     SampleOperator,
     TokenizeOperator,
 )
-from blendserve.airflow.task_group import BlendServeBatch
+from blendserve.airflow.task_group import BlendServeBatch, BlendServePlan
 from blendserve.errors import (
     BlendServeError,
     EngineOutOfMemoryError,
@@ -215,10 +216,24 @@ def test_only_tasks_that_run_the_engine_get_the_executors_pod() -> None:
     assert dag.get_task("blendserve.plan").executor is None
 
 
-def test_every_task_of_a_batch_is_tried_again() -> None:
-    with DAG("own", schedule=None) as dag:
-        BlendServeBatch(input="/in", output="/out", retries=3)
-    assert {task.retries for task in dag.tasks} == {3}
+@pytest.mark.parametrize("group", [BlendServeBatch, BlendServePlan])
+@pytest.mark.parametrize(
+    ("default_args", "stated", "retries", "conn_id"),
+    [
+        ({}, {}, 2, None),
+        ({"retries": 7, "storage_conn_id": "store"}, {}, 7, "store"),
+        ({"retries": 7, "storage_conn_id": "store"}, {"retries": 0, "storage_conn_id": "own"}, 0, "own"),
+    ],
+)
+def test_every_task_is_tried_again_as_stated_or_else_as_the_dag_says(
+    group: type[TaskGroup], default_args: dict[str, Any], stated: dict[str, Any], retries: int, conn_id: str | None
+) -> None:
+    with DAG("own", schedule=None, default_args=default_args) as dag:
+        group(input="/in", output="/out", **stated)
+    tasks = [task.unmap({"shard": None}) if task.is_mapped else task for task in dag.tasks]
+    assert {task.retries for task in tasks} == {retries}
+    assert {task.retry_delay for task in tasks} == {timedelta(seconds=30)}
+    assert {task.storage_conn_id for task in tasks} == {conn_id}
 
 
 def test_nothing_left_to_run_is_a_success(context: dict[str, Any]) -> None:
