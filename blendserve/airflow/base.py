@@ -72,6 +72,8 @@ class JobOptionsOperator(BlendServeOperator):
         self.prompt_template = stated.pop("template", None)
         self.options = stated
         self.use_params = use_params
+        # Now, as a run writes its own values into these very params.
+        self._proposed = {name: self.params.get_param(name).value for name in self.params}
 
     def render_template_fields(self, context: Context, jinja_env: Any = None) -> None:
         """As usual; passwords in URLs are hidden from then on, in the rendered fields and in logs."""
@@ -83,7 +85,8 @@ class JobOptionsOperator(BlendServeOperator):
         options = dict(self.options)
         if self.prompt_template is not None:
             options["template"] = self.prompt_template
-        return job_spec(options, self._form(context) if self.use_params else {}, context["run_id"])
+        form = self._form(context) if self.use_params else {}
+        return job_spec(options, form, context["run_id"], proposed=self._proposed)
 
     def _form(self, context: Context) -> dict[str, Any]:
         """The run's params without those that the DAG declares for tasks of its own; a mistyped one is still there."""

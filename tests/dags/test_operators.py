@@ -11,12 +11,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from airflow.sdk import DAG, RetryAction, TaskGroup
+from airflow.sdk import DAG, Param, RetryAction, TaskGroup
 from airflow.sdk._shared.secrets_masker import redact
+from airflow.sdk.definitions.param import process_params
 from airflow.sdk.exceptions import AirflowFailException
 
 from blendserve import job
 from blendserve.airflow.base import BlendServeOperator
+from blendserve.airflow.form import form_params
 from blendserve.airflow.job_options import job_spec
 from blendserve.airflow.operators import (
     ExtractOperator,
@@ -41,6 +43,7 @@ from blendserve.errors import (
     UsageError,
 )
 from blendserve.job_record import holding
+from blendserve.spec import JobSpec
 
 
 class StateStore(dict[str, Any]):
@@ -79,6 +82,22 @@ def test_params_that_a_dag_declares_for_itself_are_no_options_of_the_job(context
     context["params"]["max_token"] = 3
     with pytest.raises(UsageError, match="Unknown option 'max_token'"):
         operator.job_spec(context)
+
+
+def test_paths_that_the_author_of_a_dag_proposes_may_lie_anywhere(context: dict[str, Any]) -> None:
+    proposed = {"input": "/elsewhere/in.parquet", "output": "/elsewhere/{run_id}"}
+    params = {**form_params(**proposed), "required": Param(type="string")}
+    with DAG("own", schedule=None, params=params) as dag:
+        operator = PreflightOperator(task_id="preflight", use_params=True)
+
+    def spec_of(conf: dict[str, Any]) -> JobSpec:
+        params = process_params(dag, operator, {"required": "x"} | conf, suppress_exception=False)
+        return operator.job_spec(context | {"params": params})
+
+    assert spec_of({"max_tokens": 3}).output == "/elsewhere/run-1"
+    for name in proposed:
+        with pytest.raises(UsageError, match=f"Option '{name}': '/elsewhere/other' lies outside"):
+            spec_of(proposed | {name: "/elsewhere/other"})
 
 
 @pytest.mark.parametrize(
