@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from airflow.sdk import Asset, RetryPolicy, TaskGroup
+from pydantic import ValidationError
 
 from blendserve.airflow import configuration
 from blendserve.airflow.base import plain_options
@@ -34,7 +35,7 @@ from blendserve.airflow.operators import (
 )
 from blendserve.airflow.retries import RETRY_POLICY
 from blendserve.errors import UsageError
-from blendserve.spec import JobSpec
+from blendserve.spec import JobSpec, describe_validation_error
 
 DEFAULT_EXECUTION_TIMEOUT = timedelta(hours=12)
 _SHARD_NAME = (
@@ -154,8 +155,7 @@ class BlendServeBatch(TaskGroup):  # type: ignore[misc]
 
 def _prepare(options: dict[str, Any], use_params: bool) -> tuple[str, AnalyzeOperator]:
     """The steps before the first GPU task; returns the job's folder, known once preflight ran, and the last step."""
-    if unknown := sorted(set(options) - set(JobSpec.model_fields)):
-        raise UsageError(f"Unknown option(s) {', '.join(unknown)}. Known: {', '.join(sorted(JobSpec.model_fields))}.")
+    _check_options(options, use_params)
     preflight = PreflightOperator(task_id="preflight", options=options, use_params=use_params)
     # A template rather than `preflight.output`, which would make preflight an upstream of every task and so count as
     # the one success that merge waits for.
@@ -165,6 +165,27 @@ def _prepare(options: dict[str, Any], use_params: bool) -> tuple[str, AnalyzeOpe
     analyze = AnalyzeOperator(task_id="analyze", root=root)
     preflight >> extract >> tokenize >> analyze
     return root, analyze
+
+
+def _check_options(options: dict[str, Any], use_params: bool) -> None:
+    """Raises UsageError for what no run could take. Values that Airflow renders are known to a run only."""
+    fields = JobSpec.model_fields
+    if unknown := sorted(options.keys() - fields):
+        raise UsageError(f"Unknown option(s) {', '.join(unknown)}. Known: {', '.join(sorted(fields))}.")
+    required = {name: "-" for name, field in fields.items() if field.is_required()}
+    if not use_params and (missing := sorted(required.keys() - options)):
+        raise UsageError(f"Option(s) {', '.join(missing)} missing. State them, or use_params in a DAG with a form.")
+    known = {name: value for name, value in options.items() if name == "template" or not _is_rendered(value)}
+    try:
+        JobSpec.model_validate(required | known)
+    except ValidationError as error:
+        raise UsageError(describe_validation_error(error)) from error
+
+
+def _is_rendered(value: Any) -> bool:
+    if isinstance(value, str):
+        return "{{" in value or "{%" in value
+    return not isinstance(value, (bool, int, float, type(None)))
 
 
 def _default_args(group: TaskGroup, **stated: Any) -> dict[str, Any]:

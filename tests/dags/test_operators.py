@@ -260,6 +260,33 @@ def test_nothing_left_to_run_is_a_success(context: dict[str, Any]) -> None:
     assert RunShardOperator(task_id="run_shard", root="/job", shard=shard).execute(context) == {"num_requests": 0}
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_tokens": 0}, "Option 'max_tokens': .* greater than or equal to 1; got 0"),
+        ({"policy": "blnd"}, "Option 'policy': .*; got 'blnd'"),
+        ({"template": "{{ a }}", "prompt_column": "a"}, "template and prompt_column exclude each other"),
+        ({"output": None}, "Option 'output': Input should be a valid string"),
+    ],
+)
+def test_value_that_no_run_could_take_is_an_import_error(options: dict[str, Any], reason: str) -> None:
+    for group in (BlendServeBatch, BlendServePlan):
+        with DAG("own", schedule=None), pytest.raises(UsageError, match=reason):
+            group(**{"input": "/in", "output": "/out", **options})
+
+
+def test_job_without_input_is_an_import_error_unless_a_form_may_state_it() -> None:
+    with DAG("own", schedule=None), pytest.raises(UsageError, match=r"Option\(s\) input missing"):
+        BlendServeBatch(output="/out")
+    with DAG("own", schedule=None, params={"input": "/in"}):
+        BlendServeBatch(output="/out", use_params=True)
+
+
+def test_values_that_a_run_renders_are_left_to_it() -> None:
+    with DAG("own", schedule=None, params={"n": 3}) as dag:
+        BlendServeBatch(input=dag.param("n"), output="/{{ ds }}", max_tokens="{{ params.n }}", stop=["{{ ds }}"])
+
+
 @pytest.mark.parametrize(("shard", "name"), [(3, "shard 3 · density 0.9"), (None, "nothing left to run")])
 def test_names_of_mapped_tasks(shard: int | None, name: str) -> None:
     with DAG("own", schedule=None) as dag:
