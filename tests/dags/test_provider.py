@@ -35,7 +35,7 @@ def test_form_of_the_connection_asks_for_keys_and_endpoint() -> None:
     (form,) = get_provider_info()["connection-types"]
     assert form["connection-type"] == storage.ObjectStoreHook.conn_type
     assert form["hook-class-name"] == f"{storage.__name__}.{storage.ObjectStoreHook.__name__}"
-    assert set(form["conn-fields"]) == {"endpoint_url", "region_name"}
+    assert set(form["conn-fields"]) == {"endpoint_url", "aws_session_token", "region_name"}
     assert set(form["ui-field-behaviour"]["relabeling"]) == {"login", "password"}
 
 
@@ -50,3 +50,16 @@ def test_connection_becomes_the_environment_of_task_and_engine(monkeypatch: pyte
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == "hunter2"
     assert os.environ["AWS_ENDPOINT_URL"] == "http://127.0.0.1:9000"
     assert os.environ["AWS_DEFAULT_REGION"] == "before", "what the connection leaves open stays as it is"
+
+
+@pytest.mark.parametrize("token", [None, "temporary"])
+def test_key_of_the_connection_goes_without_the_workers_session_token(
+    monkeypatch: pytest.MonkeyPatch, token: str | None
+) -> None:
+    """A token belongs to one key: with another one the store refuses both."""
+    stated = {**CONNECTION, "extra": {"aws_session_token": token}}
+    monkeypatch.setenv("AIRFLOW_CONN_STORE", json.dumps(stated))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "the worker's own")
+    storage.use_connection("store")
+    assert (os.environ["AWS_ACCESS_KEY_ID"], os.environ.get("AWS_SESSION_TOKEN")) == ("key", token)
