@@ -115,6 +115,12 @@ class PlanOperator(FolderOperator):
 
         plan = job.plan(root, is_preview=self.is_preview)
         self.log.info("plan done", **plan.summary)
+        limit = conf.getint("core", "max_map_length")
+        if len(plan.shards) > limit and not self.is_preview:
+            raise UsageError(
+                f"The plan has {len(plan.shards)} shards, more than Airflow maps a task over, {limit}. Trigger again "
+                f"with the same output and shards={limit}, or raise [core] max_map_length and clear this task."
+            )
         shards = [
             PlannedShard(
                 shard=shard.shard,

@@ -134,6 +134,18 @@ def test_what_only_the_user_can_mend_ends_the_task_for_good(
     assert operator.retry_policy.evaluate(caught.value, 1, 3).action is RetryAction.FAIL
 
 
+def test_plan_of_more_shards_than_airflow_maps_says_what_to_do(
+    context: dict[str, Any], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRFLOW__CORE__MAX_MAP_LENGTH", "2")
+    shard = SimpleNamespace(shard=0, compute_seconds=1.0, memory_seconds=2.0, num_requests=3, predicted_seconds=4.0)
+    monkeypatch.setattr(job, "plan", lambda _root, is_preview: SimpleNamespace(shards=[shard] * 3, summary={}))
+    root = str(workspace / "job")
+    with pytest.raises(UsageError, match=r"The plan has 3 shards.* than Airflow maps a task over, 2\..*shards=2"):
+        PlanOperator(task_id="plan", root=root).execute(context)
+    assert len(PlanOperator(task_id="plan", root=root, is_preview=True).execute(context)) == 3
+
+
 def test_sql_of_the_form_runs_without_access_to_files(
     context: dict[str, Any], workspace: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
