@@ -109,6 +109,8 @@ def test_paths_that_the_author_of_a_dag_proposes_may_lie_anywhere(context: dict[
         ({"select": "select * from requests"}, "Unknown option 'select'"),
         ({"shards": 5000}, "Option 'shards': 5000 is more than Airflow maps a task over, 1024"),
         ({"model": "no/such/model"}, "Model 'no/such/model'"),
+        ({"hardware": "h1000"}, "Unknown hardware 'h1000'"),
+        ({"hardware": "none.json"}, "Profile .*none.json can't be read"),
         ({"template": "{{ nothing }}"}, "nothing"),
         ({"template": "{{ ''.__class__.__mro__ }}"}, "names no column"),
         ({"template": "{% include '/etc/passwd' %}{{ prompt }}"}, "a template stands alone"),

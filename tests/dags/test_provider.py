@@ -10,8 +10,9 @@ from importlib.metadata import entry_points
 import jsonschema
 import pytest
 
-from blendserve.airflow import storage
+from blendserve.airflow import configuration, storage
 from blendserve.airflow.provider_info import CONNECTION_TYPE, get_provider_info
+from blendserve.errors import UsageError
 
 CONNECTION = {
     "conn_type": CONNECTION_TYPE,
@@ -24,6 +25,12 @@ CONNECTION = {
 def test_description_is_what_airflow_wants() -> None:
     schema = json.loads((resources.files("airflow") / "provider_info.schema.json").read_text())
     jsonschema.validate(get_provider_info(), schema)
+
+
+def test_number_of_the_configuration_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW__BLENDSERVE__RETRY_DELAY_SECONDS", "30s")
+    with pytest.raises(UsageError, match=r"\[blendserve\] retry_delay_seconds is '30s', expected a whole number"):
+        configuration.get_integer("retry_delay_seconds")
 
 
 def test_entry_point_leads_to_it() -> None:
