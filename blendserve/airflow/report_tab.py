@@ -65,9 +65,11 @@ def report(dag_id: str, run_id: str, group: str | None = None) -> Response:
         (group,) = jobs
     if group is None or group not in jobs:
         return _own_page(_links(run_id, list(jobs)))
-    page = None if _is_going_on(dag_id, run_id, group) else _read_report(jobs[group])
-    if page is None:
+    if _is_going_on(dag_id, run_id, group):
         return _own_page(_progress_table(_progress(dag_id, run_id, group)))
+    page = _read_report(jobs[group])
+    if page is None:
+        return _own_page("<p>The job ended before its report. The log of its red task says why.</p>")
     return Response(page, media_type="text/html", headers=REPORT_HEADERS)
 
 

@@ -48,6 +48,11 @@ def test_report_of_an_attempt_before_is_not_shown_while_the_job_goes_on(
     assert "No shard is running yet" in shown()
 
 
+def test_job_that_failed_before_its_report_promises_none(jobs: dict[str, str], tmp_path: Path) -> None:
+    jobs["batch."] = str(tmp_path)
+    assert "ended before its report" in shown() and "No shard is running yet" not in shown()
+
+
 def test_run_with_several_jobs_leads_to_the_report_of_each(jobs: dict[str, str], tmp_path: Path) -> None:
     for group in ("<first>.", "second."):
         add(jobs, tmp_path, group)
