@@ -10,6 +10,7 @@ READY := .venv/.ready
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 OUT ?= out
+PORT ?= 8080
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /	/'
@@ -43,7 +44,7 @@ check: $(READY)  ## Run the linters and the type checker
 	$(BIN)/yamllint -c docker/.yamllint.yaml docker/compose.yaml docker/library docker/kubernetes
 
 airflow: $(READY)  ## Start Airflow on localhost with the pool and the DAGs ready
-	$(BIN)/python -m blendserve.airflow.standalone
+	$(BIN)/python -m blendserve.airflow.standalone --port $(PORT)
 
 clean:  ## Remove what the targets above made, .venv included
 	rm -rf .venv .airflow out dist build

@@ -21,7 +21,9 @@ import typer
 from blendserve import demo_data, job
 from blendserve.console import Console
 from blendserve.doctor import examine
-from blendserve.errors import BlendServeError, Interrupted, UsageError
+from blendserve.errors import BlendServeError, Interrupted, OutputError, UsageError
+from blendserve.file_store import open_store
+from blendserve.job_record import holding
 from blendserve.planner.simulate import POLICIES
 from blendserve.planner.simulate import simulate as simulate_policies
 from blendserve.planner.workload import generate_workload
@@ -179,8 +181,10 @@ def run_shard(
 @_reporting
 def merge(console: Console, output: Annotated[str, _JOB_FOLDER]) -> tuple[dict[str, Any], int]:
     """Put the completions of all shards and the input rows together: results, manifest, report, _SUCCESS."""
-    with working_copy(output) as root:
-        console.step("merge", job.merge(root) | {"path": f"{_place(output, root)}/results"})
+    if open_store(output).read("job.json") is None:
+        raise OutputError(f"{output} holds no job: job.json is not there. Give the output of a job.")
+    with holding(output) as lease, working_copy(output) as root:
+        console.step("merge", job.merge(root, lease) | {"path": f"{_place(output, root)}/results"})
         job.report(root)
         manifest = job.finish(root)
     console.finished(manifest)

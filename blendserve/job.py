@@ -62,7 +62,7 @@ def run(
         announce("plan", made.summary)
         for done in run_shards(folder.plan, range(len(made.shards)), gpus=spec.gpus, on_progress=on_progress):
             announce("run_shard", done.model_dump(mode="json"))
-        announce("merge", _merge(folder.root, lease))
+        announce("merge", merge(folder.root, lease))
         announce("report", {"report": str(report(folder.root))})
         return finish(folder.root)
 
@@ -95,9 +95,12 @@ def preflight(spec: JobSpec, root: Path | None = None) -> dict[str, Any]:
     }
 
 
-def extract(spec: JobSpec, root: Path | None = None) -> dict[str, Any]:
-    """Claim the output folder; copy the input rows and make a request of each: `input_rows`, `requests`."""
-    return _extract(examine(spec, root))
+def extract(spec: JobSpec, root: Path | None = None, *, begun_by: str | None = None) -> dict[str, Any]:
+    """Claim the output folder; copy the input rows and make a request of each: `input_rows`, `requests`.
+
+    `begun_by`: the name of a run, in which `force` discards an earlier job once only.
+    """
+    return _extract(examine(spec, root), begun_by)
 
 
 def tokenize(root: Path) -> dict[str, Any]:
@@ -195,19 +198,13 @@ def run_shard(
     return run_shard_process(plan_dir, shard, on_progress=on_progress, should_stop=should_stop, completions=completions)
 
 
-def merge(root: Path, *, allow_missing: bool = False) -> dict[str, Any]:
-    """Put completions and input rows together: `results/` and `manifest.json`. Returns the counts.
+def merge(root: Path, lease: Lease, *, allow_missing: bool = False) -> dict[str, Any]:
+    """Put completions and input rows together: `results/` and `manifest.json`, under the lease on the job.
 
     Raises ReconciliationError when rows have no completion, unless `allow_missing`: then they come out as failed rows
     and the manifest says `incomplete`, so that a later run can finish them. Raises InUseError when another process
-    works on the job.
+    took over the job. Returns the counts.
     """
-    output = _open(root)[1].spec.output
-    with holding(output if is_url(output) else root) as lease:
-        return _merge(root, lease, allow_missing=allow_missing)
-
-
-def _merge(root: Path, lease: Lease, *, allow_missing: bool = False) -> dict[str, Any]:
     folder, record = _open(root)
     if is_finished(folder):
         return {**read_final_manifest(folder)["counts"], "path": str(folder.results)}
@@ -277,9 +274,9 @@ def _held(spec: JobSpec) -> Iterator[tuple[ExaminedJob, Lease]]:
         yield examined, lease
 
 
-def _extract(examined: ExaminedJob) -> dict[str, Any]:
+def _extract(examined: ExaminedJob, begun_by: str | None = None) -> dict[str, Any]:
     folder = examined.folder
-    claim(folder, examined.record)
+    claim(folder, examined.record.model_copy(update={"begun_by": begun_by}))
     with step(folder, "extract", "input_rows", "requests") as is_done:
         if not is_done:
             extract_requests(examined.record.spec, examined.files, folder)

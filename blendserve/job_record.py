@@ -53,6 +53,7 @@ class JobRecord(FrozenManifest):
     model_folder: str
     identity: dict[str, Any]
     fingerprint: str
+    begun_by: str | None = None  # Airflow's run, as DAG/run
 
     @classmethod
     def of(cls, spec: JobSpec, files: InputFiles | QueriedFiles, model_folder: Path) -> JobRecord:
@@ -78,19 +79,22 @@ def read_record(folder: JobFolder) -> JobRecord:
 def claim(folder: JobFolder, record: JobRecord) -> None:
     """Make the folder this job's own, keeping what an earlier run of the same job did.
 
+    `force` discards that, but once only in a run that has a name: its steps may be retried and cleared.
+
     Raises OutputError when the folder can't be written, isn't ours, or holds another job and `force` is off; or when
     `force` is on and what it holds can't be removed.
     """
     check_claimable(folder, record)
-    if record.spec.force:
+    earlier = read_record(folder) if folder.job.is_file() else None
+    if record.spec.force and not _has_begun(record, earlier):
         _discard(folder)
     elif folder.success.is_file():
         _restate(folder, record.spec.on_row_error)
         return
-    elif folder.job.is_file():
-        earlier = read_record(folder).spec
-        if _planning_options(earlier) != _planning_options(record.spec):
+    elif earlier is not None:
+        if _planning_options(earlier.spec) != _planning_options(record.spec):
             _drop_plans(folder)
+        record = record.model_copy(update={"begun_by": earlier.begun_by})
     with writing_to(folder.root):
         write_manifest(folder.job, record)
 
@@ -121,6 +125,13 @@ def check_claimable(folder: JobFolder, record: JobRecord) -> None:
             f"(fingerprint {earlier.fingerprint[:12]}, now {record.fingerprint[:12]}). Give another --output, or "
             "--force to discard what is there."
         )
+
+
+def _has_begun(record: JobRecord, earlier: JobRecord | None) -> bool:
+    """Whether the job that the folder holds is this very job, begun by the same run."""
+    if earlier is None or record.begun_by is None:
+        return False
+    return (earlier.begun_by, earlier.fingerprint) == (record.begun_by, record.fingerprint)
 
 
 def _planning_options(spec: JobSpec) -> dict[str, Any]:

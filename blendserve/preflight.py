@@ -1,4 +1,4 @@
-"""All that can be checked before any work starts: input, columns, template, model, output folder."""
+"""All that can be checked before any work starts: input, columns, template, model, hardware, output folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, check_claimable
 from blendserve.models.config import ModelConfig
 from blendserve.models.source import resolve_model
+from blendserve.planner.plan import plan_hardware
 from blendserve.query import QueriedFiles, queried
 from blendserve.spec import JobSpec
 
@@ -35,6 +36,7 @@ def examine(spec: JobSpec, root: Path | None = None) -> ExaminedJob:
     RequestReader.of(spec, files.schema)
     model_folder = resolve_model(spec.model, needs_weights=spec.load_format != "dummy")
     architecture = ModelConfig.load(model_folder).architecture
+    plan_hardware(spec, model_folder)  # which names what is unknown or of another model
     folder = JobFolder(root or Path(spec.output).absolute())
     record = JobRecord.of(spec, files, model_folder)
     check_claimable(folder, record)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from airflow.sdk import BaseOperator, Context, ObjectStoragePath
 from airflow.sdk.log import mask_secret
 
-from blendserve.airflow import configuration
+from blendserve.airflow import configuration, library
 from blendserve.airflow.job_options import job_spec, secrets_in
 from blendserve.airflow.retries import RETRY_POLICY
 from blendserve.airflow.storage import use_connection
@@ -72,6 +72,8 @@ class JobOptionsOperator(BlendServeOperator):
         self.prompt_template = stated.pop("template", None)
         self.options = stated
         self.use_params = use_params
+        # Now, as a run writes its own values into these very params.
+        self._proposed = {name: self.params.get_param(name).value for name in self.params}
 
     def render_template_fields(self, context: Context, jinja_env: Any = None) -> None:
         """As usual; passwords in URLs are hidden from then on, in the rendered fields and in logs."""
@@ -83,8 +85,13 @@ class JobOptionsOperator(BlendServeOperator):
         options = dict(self.options)
         if self.prompt_template is not None:
             options["template"] = self.prompt_template
-        form = dict(context["params"]) if self.use_params else {}
-        return job_spec(options, form, context["run_id"])
+        form = self._form(context) if self.use_params else {}
+        return job_spec(options, form, context["run_id"], proposed=self._proposed)
+
+    def _form(self, context: Context) -> dict[str, Any]:
+        """The run's params without those that the DAG declares for tasks of its own; a mistyped one is still there."""
+        own = set(self.params) - set(JobSpec.model_fields) - set(library.FIELDS)
+        return {name: value for name, value in context["params"].items() if name not in own}
 
 
 class FolderOperator(BlendServeOperator):

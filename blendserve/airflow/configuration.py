@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blendserve.errors import UsageError
+
 SECTION = "blendserve"
 
 
@@ -102,7 +104,12 @@ def get(name: str) -> str:
 
 
 def get_integer(name: str) -> int:
-    return int(get(name))
+    """Raises UsageError for what is no whole number."""
+    stated = get(name)
+    try:
+        return int(stated)
+    except ValueError as error:
+        raise UsageError(f"[{SECTION}] {name} is {stated!r}, expected a whole number.") from error
 
 
 def get_boolean(name: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from airflow.sdk import Param
 
 from blendserve.airflow import configuration, library
+from blendserve.errors import UsageError
 from blendserve.spec import EngineSpec, JobSpec, SamplingSpec
 
 OPEN_FIELDS = ("input", "output", "model", "max_tokens")
@@ -58,7 +59,7 @@ ENUM_LABELS = {
 def form_params(**defaults: Any) -> dict[str, Param]:
     """A param for every field of `JobSpec` that the form may have, in its order, and one for each part of the library.
 
-    `defaults` replace the proposed values of single fields, by name.
+    `defaults` replace the proposed values of single fields, by name. Raises UsageError for a field that isn't there.
     """
     refused = {name for name, option in FREE_TEXT.items() if not configuration.get_boolean(option)}
     stated = JobSpec.model_json_schema()["properties"]
@@ -73,7 +74,10 @@ def form_params(**defaults: Any) -> dict[str, Param]:
         (name for name in properties if name not in OPEN_FIELDS), key=lambda n: SECTIONS.index(_section(n))
     )
     fields = {name: _param(name, properties[name], proposed) for name in (*OPEN_FIELDS, *sectioned)}
-    return _library_params(defaults) | fields
+    params = _library_params(defaults) | fields
+    if unknown := sorted(defaults.keys() - params):
+        raise UsageError(f"The form has no field(s) {', '.join(unknown)}. It has: {', '.join(params)}.")
+    return params
 
 
 def _library_params(defaults: dict[str, Any]) -> dict[str, Param]:

@@ -1,8 +1,8 @@
 """From what a DAG's author states and what a person types into the trigger form to one validated `JobSpec`.
 
-A DAG's author is trusted. The form is not: its paths must lie in the folders that the administrator allows, names of
-the library stand for what the administrator put there, and nothing typed into it is ever rendered as an Airflow
-template.
+A DAG's author is trusted. The form is not: its paths must lie in the folders that the administrator allows unless they
+are as the author proposes them, names of the library stand for what the administrator put there, and nothing typed into
+it is ever rendered as an Airflow template.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ _SECRETS = re.compile(
 )
 
 
-def job_spec(options: Mapping[str, Any], form: Mapping[str, Any], run_id: str) -> JobSpec:
+def job_spec(
+    options: Mapping[str, Any], form: Mapping[str, Any], run_id: str, *, proposed: Mapping[str, Any] | None = None
+) -> JobSpec:
     """The job that `options` (the DAG's author, rendered) and `form` (the trigger form; wins) state together.
 
+    `proposed`: what the DAG's author put into the form.
     `{run_id}` in the output becomes the run's id; relative paths start at the data folder.
     Raises UsageError with a line for each wrong field, naming it.
     """
@@ -49,7 +52,7 @@ def job_spec(options: Mapping[str, Any], form: Mapping[str, Any], run_id: str) -
     }
     spec = spec.model_copy(update=paths)
     for name in paths:
-        if name in form and name not in from_library:
+        if name in form and name not in from_library and form[name] != (proposed or {}).get(name):
             _check_allowed(name, getattr(spec, name))
     return spec
 

@@ -60,7 +60,8 @@ class ExtractOperator(JobOptionsOperator):
 
         spec = self.job_spec(context)
         with held(spec.output), working_copy(spec.output, ["work/requests.parquet"]) as root:
-            return self.logged({**job.extract(spec, root), "root": spec.output})
+            found = job.extract(spec, root, begun_by=f"{self.dag_id}/{context['run_id']}")
+            return self.logged({**found, "root": spec.output})
 
 
 class TokenizeOperator(FolderOperator):
@@ -114,6 +115,12 @@ class PlanOperator(FolderOperator):
 
         plan = job.plan(root, is_preview=self.is_preview)
         self.log.info("plan done", **plan.summary)
+        limit = conf.getint("core", "max_map_length")
+        if len(plan.shards) > limit and not self.is_preview:
+            raise UsageError(
+                f"The plan has {len(plan.shards)} shards, more than Airflow maps a task over, {limit}. Trigger again "
+                f"with the same output and shards={limit}, or raise [core] max_map_length and clear this task."
+            )
         shards = [
             PlannedShard(
                 shard=shard.shard,
@@ -173,13 +180,12 @@ class RunShardOperator(EngineOperator):
 class MergeOperator(FolderOperator):
     """Write the results: every input row exactly once. Rows of shards that failed come out with an error."""
 
-    reads = ("work/*", "completions/*")
-    is_alone = False
-
-    def run_in(self, root: Path, context: Context) -> dict[str, Any]:
+    def run_step(self, context: Context) -> dict[str, Any]:
         from blendserve import job
+        from blendserve.working_copy import working_copy
 
-        return self.logged({**job.merge(root, allow_missing=True), "path": _results(self.root)})
+        with held(self.root) as lease, working_copy(self.root, ("work/*", "completions/*")) as root:
+            return self.logged({**job.merge(root, lease, allow_missing=True), "path": _results(self.root)})
 
     def get_openlineage_facets_on_complete(self, task_instance: Any) -> Any:
         """For Airflow's OpenLineage provider: the job's input and results."""
@@ -236,8 +242,8 @@ class GateOperator(FolderOperator):
                 return job.finish(root)
         except ReconciliationError:
             # The results are older than the completions: shards that had failed were cleared, but merge was not.
-            with working_copy(self.root) as root:
-                job.merge(root)
+            with held(self.root) as lease, working_copy(self.root) as root:
+                job.merge(root, lease)
                 job.report(root)
                 return job.finish(root)
 

@@ -26,8 +26,8 @@ def get_provider_info() -> dict[str, Any]:
 def _connection_type() -> dict[str, Any]:
     """The connection's form, as Airflow's provider schema wants it."""
 
-    def field(label: str, description: str) -> dict[str, Any]:
-        return {"label": label, "description": description, "schema": {"type": ["string", "null"]}}
+    def field(label: str, description: str, **schema: str) -> dict[str, Any]:
+        return {"label": label, "description": description, "schema": {"type": ["string", "null"], **schema}}
 
     return {
         "connection-type": CONNECTION_TYPE,
@@ -39,6 +39,7 @@ def _connection_type() -> dict[str, Any]:
         },
         "conn-fields": {
             "endpoint_url": field("Endpoint", "Address of an S3-compatible store; empty: AWS."),
+            "aws_session_token": field("Session token", "Of temporary keys only.", format="password"),
             "region_name": field("Region", "Empty: the store's default."),
         },
     }

@@ -1,4 +1,6 @@
-"""The page behind a run's report tab: the report of the run's job, or how far its shards are while it runs.
+"""The page behind a run's report tab: how far the shards of the run's job are while it runs, then its report.
+
+A run with several jobs has a page that leads to those of each.
 
 Whoever may read the DAG in Airflow may read its reports, nobody else. Reports hold text that came from data, so the
 browser is told to treat them as a foreign page that may draw but neither send nor read anything of Airflow's.
@@ -10,11 +12,14 @@ import json
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from airflow.api_fastapi.core_api.security import requires_access_dag
 from airflow.models.task_state_store import TaskStateStoreModel
+from airflow.models.taskinstance import TaskInstance
 from airflow.models.xcom import XComModel
 from airflow.utils.session import create_session
+from airflow.utils.state import State
 from fastapi import Depends, FastAPI, Response
 from sqlalchemy import select
 
@@ -50,14 +55,34 @@ app = FastAPI(title="BlendServe reports", docs_url=None, redoc_url=None, openapi
     response_class=Response,
     dependencies=[Depends(requires_access_dag(method="GET"))],
 )
-def report(dag_id: str, run_id: str) -> Response:
-    """The HTML report of the run, or the state of its shards as long as there is none."""
-    places = _job_folders(dag_id, run_id)
-    pages = [page for page in map(_read_report, places) if page is not None]
-    if pages:
-        return Response(pages[-1], media_type="text/html", headers=REPORT_HEADERS)
-    body = _progress_table(_progress(dag_id, run_id)) if places else "<p>This run has started no BlendServe job.</p>"
+def report(dag_id: str, run_id: str, group: str | None = None) -> Response:
+    """The state of the job's shards until its report is written, then the report.
+
+    `group`: which job of several, as the start of its tasks' ids.
+    """
+    jobs = _jobs(dag_id, run_id)
+    if group is None and len(jobs) == 1:
+        (group,) = jobs
+    if group is None or group not in jobs:
+        return _own_page(_links(run_id, list(jobs)))
+    if _is_going_on(dag_id, run_id, group):
+        return _own_page(_progress_table(_progress(dag_id, run_id, group)))
+    page = _read_report(jobs[group])
+    if page is None:
+        return _own_page("<p>The job ended before its report. The log of its red task says why.</p>")
+    return Response(page, media_type="text/html", headers=REPORT_HEADERS)
+
+
+def _own_page(body: str) -> Response:
     return Response(PAGE.format(body=body), media_type="text/html", headers=PROGRESS_HEADERS)
+
+
+def _links(run_id: str, groups: list[str]) -> str:
+    if not groups:
+        return "<p>This run has started no BlendServe job.</p>"
+    queries = [(group, urlencode({"run_id": run_id, "group": group})) for group in groups]
+    links = "".join(f'<li><a href="?{escape(query)}">{escape(group.rstrip("."))}</a></li>' for group, query in queries)
+    return f"<h1>Jobs of this run</h1><ul>{links}</ul>"
 
 
 def _read_report(place: str) -> bytes | None:
@@ -68,21 +93,39 @@ def _read_report(place: str) -> bytes | None:
     return store.read("report.html") if store.read("job.json") is not None else None
 
 
-def _job_folders(dag_id: str, run_id: str) -> list[str]:
-    """The folders, or URLs, of the run's jobs, the latest last."""
+def _jobs(dag_id: str, run_id: str) -> dict[str, str]:
+    """The folder, or URL, of each of the run's jobs, by what its tasks' ids start with; in the order of their begin."""
     query = XComModel.get_many(run_id=run_id, dag_ids=dag_id, key=RUN_FOLDER_KEY)
     with create_session() as session:
         found = sorted(session.scalars(query), key=lambda entry: entry.timestamp)
-        return [str(XComModel.deserialize_value(entry)) for entry in found]
+        return {_group(entry.task_id): str(XComModel.deserialize_value(entry)) for entry in found}
 
 
-def _progress(dag_id: str, run_id: str) -> list[dict[str, Any]]:
-    """What the run's tasks last wrote about their shards."""
+def _group(task_id: str) -> str:
+    """What the ids of all tasks in the group of this task start with."""
+    return "".join(task_id.rpartition(".")[:2])
+
+
+def _is_going_on(dag_id: str, run_id: str, group: str) -> bool:
+    """Whether the job's shards or its report are still to come, be it again."""
+    query = select(TaskInstance.state).where(
+        TaskInstance.dag_id == dag_id,
+        TaskInstance.run_id == run_id,
+        TaskInstance.task_id.startswith(group, autoescape=True),
+        TaskInstance.operator.in_(("SampleOperator", "RunShardOperator", "ReportOperator")),
+    )
+    with create_session() as session:
+        return any(state not in State.finished for state in session.scalars(query))
+
+
+def _progress(dag_id: str, run_id: str, group: str) -> list[dict[str, Any]]:
+    """What the job's tasks last wrote about their shards."""
     query = (
         select(TaskStateStoreModel.value)
         .where(
             TaskStateStoreModel.dag_id == dag_id,
             TaskStateStoreModel.run_id == run_id,
+            TaskStateStoreModel.task_id.startswith(group, autoescape=True),
             TaskStateStoreModel.key == PROGRESS_KEY,
         )
         .order_by(TaskStateStoreModel.task_id, TaskStateStoreModel.map_index)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import Annotated
 import httpx
 import typer
 
-from blendserve.errors import BlendServeError
+from blendserve.errors import BlendServeError, UsageError
 
 START_SECONDS = 120.0
 STOP_SECONDS = 8.0
@@ -86,6 +87,7 @@ def serve(
     os.environ.update(environment(home, dags.absolute(), port))
     if context.invoked_subcommand is not None:
         return
+    _check_port(port)
     prepare()
     address = f"http://127.0.0.1:{port}"
     with _own_session([sys.executable, "-m", "airflow", "standalone"]) as process:
@@ -123,6 +125,17 @@ def _own_session(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
         _stop_session(process)
 
 
+def _check_port(port: int) -> None:
+    """Another Airflow there would answer for this one. Raises UsageError."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise UsageError(
+            f"Port {port} of localhost can't be used: {error}. Stop what listens there, perhaps another Airflow, or "
+            "choose another with --port (make airflow PORT=…)."
+        ) from error
+
+
 def _wait_until_healthy(process: subprocess.Popen[bytes], address: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
@@ -130,8 +143,7 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], address: str) -> None:
             return
         time.sleep(0.5)
     raise AirflowStartError(
-        f"Airflow did not get healthy at {address} within {START_SECONDS:.0f} s; its own lines above say why. "
-        "Is the port taken? Choose another with --port."
+        f"Airflow did not get healthy at {address} within {START_SECONDS:.0f} s; its own lines above say why."
     )
 
 
@@ -156,4 +168,8 @@ def _stop_session(process: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except BlendServeError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(error.exit_status)

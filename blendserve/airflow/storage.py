@@ -30,6 +30,7 @@ class ObjectStoreHook(BaseHook):  # type: ignore[misc]
         stated = {
             "AWS_ACCESS_KEY_ID": connection.login or extra.get("aws_access_key_id"),
             "AWS_SECRET_ACCESS_KEY": connection.password or extra.get("aws_secret_access_key"),
+            "AWS_SESSION_TOKEN": extra.get("aws_session_token"),
             "AWS_ENDPOINT_URL": extra.get("endpoint_url"),
             "AWS_DEFAULT_REGION": extra.get("region_name"),
         }
@@ -38,5 +39,9 @@ class ObjectStoreHook(BaseHook):  # type: ignore[misc]
 
 def use_connection(storage_conn_id: str | None) -> None:
     """Let this process, and those that it starts, reach the object store of the connection."""
-    if storage_conn_id:
-        os.environ.update(ObjectStoreHook(storage_conn_id).get_conn())
+    if not storage_conn_id:
+        return
+    stated = ObjectStoreHook(storage_conn_id).get_conn()
+    if "AWS_ACCESS_KEY_ID" in stated:
+        os.environ.pop("AWS_SESSION_TOKEN", None)  # which belongs to another key
+    os.environ.update(stated)

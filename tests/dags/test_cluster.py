@@ -210,8 +210,9 @@ def test_what_airflow_cannot_check_fails_preflight_with_the_name_of_the_field(
 
 
 def test_shard_marked_failed_stops_at_once_and_goes_on_when_cleared(cluster: AirflowCluster, long_run: LongRun) -> None:
+    tab = f"/blendserve/dags/patient_batch/report?run_id={quote(long_run.run_id, safe='')}"
     long_run.wait_for_progress()
-    progress = cluster.client.get(f"/blendserve/dags/patient_batch/report?run_id={quote(long_run.run_id, safe='')}")
+    progress = cluster.client.get(tab)
     assert "Density now" in progress.text and f"of {NUM_ROWS}" in progress.text
     store = cluster.client.get(f"{long_run.url}/taskInstances/batch.run_shard/state-store", params={"map_index": 0})
     assert "tokens_per_second" in store.text
@@ -223,6 +224,7 @@ def test_shard_marked_failed_stops_at_once_and_goes_on_when_cleared(cluster: Air
     long_run.note_interruption()
     cluster.wait_for_run(long_run.url, "failed")
     assert (long_run.job / "results").is_dir(), "merge ran: what is finished can be used"
+    assert "incomplete" in cluster.client.get(tab).text
     num_kept = long_run.num_completions()
 
     cleared = cluster.client.post(
@@ -232,6 +234,7 @@ def test_shard_marked_failed_stops_at_once_and_goes_on_when_cleared(cluster: Air
     assert cleared.status_code == 200, cleared.text
     long_run.wait_for_progress()
     assert long_run.num_completions() > num_kept > 0
+    assert "Density now" in cluster.client.get(tab).text, "not the report of the attempt before"
 
 
 def test_killed_workers_lose_nothing_and_nothing_runs_twice(long_run: LongRun) -> None:

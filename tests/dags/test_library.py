@@ -121,3 +121,10 @@ def test_templates_as_text_can_be_turned_off(library: Path, monkeypatch: pytest.
 def test_author_of_a_dag_may_state_both(library: Path) -> None:
     spec = job_spec({"input": "a", "output": "b", "sql": "from input", "template": "{{ x }}"}, {}, "run")
     assert (spec.sql, spec.template) == ("from input", "{{ x }}")
+
+
+def test_proposed_values_of_unknown_fields_are_refused(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert form_params(max_tokens=8, dataset="items")["max_tokens"].value == 8
+    for name in ("max_token", "sql"):
+        with pytest.raises(UsageError, match=rf"The form has no field\(s\) {name}\. It has: .*max_tokens"):
+            form_params(**{name: 8})

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from airflow.sdk import DAG, RetryAction
+from airflow.sdk import DAG, Param, RetryAction, TaskGroup
 from airflow.sdk._shared.secrets_masker import redact
+from airflow.sdk.definitions.param import process_params
 from airflow.sdk.exceptions import AirflowFailException
 
 from blendserve import job
 from blendserve.airflow.base import BlendServeOperator
+from blendserve.airflow.form import form_params
 from blendserve.airflow.job_options import job_spec
 from blendserve.airflow.operators import (
     ExtractOperator,
@@ -27,7 +30,7 @@ from blendserve.airflow.operators import (
     SampleOperator,
     TokenizeOperator,
 )
-from blendserve.airflow.task_group import BlendServeBatch
+from blendserve.airflow.task_group import BlendServeBatch, BlendServePlan
 from blendserve.errors import (
     BlendServeError,
     EngineOutOfMemoryError,
@@ -40,6 +43,7 @@ from blendserve.errors import (
     UsageError,
 )
 from blendserve.job_record import holding
+from blendserve.spec import JobSpec
 
 
 class StateStore(dict[str, Any]):
@@ -70,6 +74,32 @@ def test_preflight_returns_the_folder_and_leaves_a_mark_for_the_report_tab(
     assert context["pushed"] == {"blendserve_output": f"{workspace}/out/run-1"}
 
 
+def test_params_that_a_dag_declares_for_itself_are_no_options_of_the_job(context: dict[str, Any]) -> None:
+    with DAG("own", schedule=None, params={"team": "reviews"}):
+        operator = PreflightOperator(task_id="preflight", use_params=True)
+    context["params"]["team"] = "articles"
+    assert operator.job_spec(context).input.endswith("requests.parquet")
+    context["params"]["max_token"] = 3
+    with pytest.raises(UsageError, match="Unknown option 'max_token'"):
+        operator.job_spec(context)
+
+
+def test_paths_that_the_author_of_a_dag_proposes_may_lie_anywhere(context: dict[str, Any]) -> None:
+    proposed = {"input": "/elsewhere/in.parquet", "output": "/elsewhere/{run_id}"}
+    params = {**form_params(**proposed), "required": Param(type="string")}
+    with DAG("own", schedule=None, params=params) as dag:
+        operator = PreflightOperator(task_id="preflight", use_params=True)
+
+    def spec_of(conf: dict[str, Any]) -> JobSpec:
+        params = process_params(dag, operator, {"required": "x"} | conf, suppress_exception=False)
+        return operator.job_spec(context | {"params": params})
+
+    assert spec_of({"max_tokens": 3}).output == "/elsewhere/run-1"
+    for name in proposed:
+        with pytest.raises(UsageError, match=f"Option '{name}': '/elsewhere/other' lies outside"):
+            spec_of(proposed | {name: "/elsewhere/other"})
+
+
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
@@ -79,6 +109,8 @@ def test_preflight_returns_the_folder_and_leaves_a_mark_for_the_report_tab(
         ({"select": "select * from requests"}, "Unknown option 'select'"),
         ({"shards": 5000}, "Option 'shards': 5000 is more than Airflow maps a task over, 1024"),
         ({"model": "no/such/model"}, "Model 'no/such/model'"),
+        ({"hardware": "h1000"}, "Unknown hardware 'h1000'"),
+        ({"hardware": "none.json"}, "Profile .*none.json can't be read"),
         ({"template": "{{ nothing }}"}, "nothing"),
         ({"template": "{{ ''.__class__.__mro__ }}"}, "names no column"),
         ({"template": "{% include '/etc/passwd' %}{{ prompt }}"}, "a template stands alone"),
@@ -102,6 +134,18 @@ def test_what_only_the_user_can_mend_ends_the_task_for_good(
     with pytest.raises(BlendServeError, match=reason) as caught:
         operator.execute(context)
     assert operator.retry_policy.evaluate(caught.value, 1, 3).action is RetryAction.FAIL
+
+
+def test_plan_of_more_shards_than_airflow_maps_says_what_to_do(
+    context: dict[str, Any], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRFLOW__CORE__MAX_MAP_LENGTH", "2")
+    shard = SimpleNamespace(shard=0, compute_seconds=1.0, memory_seconds=2.0, num_requests=3, predicted_seconds=4.0)
+    monkeypatch.setattr(job, "plan", lambda _root, is_preview: SimpleNamespace(shards=[shard] * 3, summary={}))
+    root = str(workspace / "job")
+    with pytest.raises(UsageError, match=r"The plan has 3 shards.* than Airflow maps a task over, 2\..*shards=2"):
+        PlanOperator(task_id="plan", root=root).execute(context)
+    assert len(PlanOperator(task_id="plan", root=root, is_preview=True).execute(context)) == 3
 
 
 def test_sql_of_the_form_runs_without_access_to_files(
@@ -205,15 +249,65 @@ def test_only_tasks_that_run_the_engine_get_the_executors_pod() -> None:
     assert dag.get_task("blendserve.plan").executor is None
 
 
-def test_every_task_of_a_batch_is_tried_again() -> None:
-    with DAG("own", schedule=None) as dag:
-        BlendServeBatch(input="/in", output="/out", retries=3)
-    assert {task.retries for task in dag.tasks} == {3}
+@pytest.mark.parametrize("group", [BlendServeBatch, BlendServePlan])
+@pytest.mark.parametrize(
+    ("default_args", "stated", "retries", "conn_id"),
+    [
+        ({}, {}, 2, None),
+        ({"retries": 7, "storage_conn_id": "store"}, {}, 7, "store"),
+        ({"retries": 7, "storage_conn_id": "store"}, {"retries": 0, "storage_conn_id": "own"}, 0, "own"),
+    ],
+)
+def test_every_task_is_tried_again_as_stated_or_else_as_the_dag_says(
+    group: type[TaskGroup], default_args: dict[str, Any], stated: dict[str, Any], retries: int, conn_id: str | None
+) -> None:
+    with DAG("own", schedule=None, default_args=default_args) as dag:
+        group(input="/in", output="/out", **stated)
+    tasks = [task.unmap({"shard": None}) if task.is_mapped else task for task in dag.tasks]
+    assert {task.retries for task in tasks} == {retries}
+    assert {task.retry_delay for task in tasks} == {timedelta(seconds=30)}
+    assert {task.storage_conn_id for task in tasks} == {conn_id}
 
 
 def test_nothing_left_to_run_is_a_success(context: dict[str, Any]) -> None:
     shard: PlannedShard = {"shard": None, "density": 0.0, "num_requests": 0, "predicted_seconds": 0.0}
     assert RunShardOperator(task_id="run_shard", root="/job", shard=shard).execute(context) == {"num_requests": 0}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_tokens": 0}, "Option 'max_tokens': .* greater than or equal to 1; got 0"),
+        ({"policy": "blnd"}, "Option 'policy': .*; got 'blnd'"),
+        ({"template": "{{ a }}", "prompt_column": "a"}, "template and prompt_column exclude each other"),
+        ({"output": None}, "Option 'output': Input should be a valid string"),
+    ],
+)
+def test_value_that_no_run_could_take_is_an_import_error(options: dict[str, Any], reason: str) -> None:
+    for group in (BlendServeBatch, BlendServePlan):
+        with DAG("own", schedule=None), pytest.raises(UsageError, match=reason):
+            group(**{"input": "/in", "output": "/out", **options})
+
+
+def test_job_without_input_is_an_import_error_unless_a_form_may_state_it() -> None:
+    with DAG("own", schedule=None), pytest.raises(UsageError, match=r"Option\(s\) input missing"):
+        BlendServeBatch(output="/out")
+    with DAG("own", schedule=None, params={"input": "/in"}):
+        BlendServeBatch(output="/out", use_params=True)
+
+
+def test_values_that_a_run_renders_are_left_to_it() -> None:
+    with DAG("own", schedule=None, params={"n": 3}) as dag:
+        BlendServeBatch(input=dag.param("n"), output="/{{ ds }}", max_tokens="{{ params.n }}", stop=["{{ ds }}"])
+
+
+@pytest.mark.parametrize(("shard", "name"), [(3, "shard 3 · density 0.9"), (None, "nothing left to run")])
+def test_names_of_mapped_tasks(shard: int | None, name: str) -> None:
+    with DAG("own", schedule=None) as dag:
+        BlendServeBatch(input="/in", output="/out")
+    template = dag.get_task("blendserve.run_shard").partial_kwargs["map_index_template"]
+    task = SimpleNamespace(shard={"shard": shard, "density": 0.9})
+    assert dag.get_template_env().from_string(template).render(task=task) == name
 
 
 @pytest.mark.parametrize(
@@ -239,7 +333,7 @@ def test_gate_fails_the_run_when_rows_failed_and_the_job_asks_for_it(
 
 
 def test_gate_merges_again_when_shards_finished_after_the_merge(
-    context: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    context: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calls: list[str] = []
 
@@ -250,20 +344,38 @@ def test_gate_merges_again_when_shards_finished_after_the_merge(
         return {"counts": {"input_rows": 3, "failed": 0, "rejected": 0}, "spec": {"on_row_error": "fail"}}
 
     monkeypatch.setattr(job, "finish", finish)
-    monkeypatch.setattr(job, "merge", lambda _root: calls.append("merge"))
+    monkeypatch.setattr(job, "merge", lambda _root, _lease: calls.append("merge"))
     monkeypatch.setattr(job, "report", lambda _root: calls.append("report"))
-    GateOperator(task_id="gate", root="/job").execute(context)
+    GateOperator(task_id="gate", root=f"{tmp_path}/job").execute(context)
     assert calls == ["finish", "merge", "report", "finish"]
 
 
-def test_gate_fails_when_rows_are_missing(context: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_root: Path) -> None:
+def test_gate_fails_when_rows_are_missing(
+    context: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(_root: Path, _lease: Any = None) -> None:
         raise ReconciliationError("3 request(s) of /job have no completion")
 
     monkeypatch.setattr(job, "finish", fail)
     monkeypatch.setattr(job, "merge", fail)
     with pytest.raises(ReconciliationError):
-        GateOperator(task_id="gate", root="/job").execute(context)
+        GateOperator(task_id="gate", root=f"{tmp_path}/job").execute(context)
+
+
+def test_cleared_extract_of_a_run_that_starts_over_keeps_what_the_run_did(
+    context: dict[str, Any], workspace: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRFLOW__BLENDSERVE__ALLOWED_PATHS", f"{workspace},{tiny_model}")
+    context["params"] = {"model": str(tiny_model), "input": "requests.parquet", "output": "out", "force": True}
+    with DAG("batch", schedule=None):
+        extract = ExtractOperator(task_id="extract", use_params=True)
+    extract.execute(context)
+    completions = workspace / "out" / "completions"
+    completions.mkdir()
+    extract.execute(context)
+    assert completions.is_dir()
+    extract.execute(context | {"run_id": "run-2"})
+    assert not completions.exists()
 
 
 @pytest.mark.parametrize("step", ["extract", "tokenize"])

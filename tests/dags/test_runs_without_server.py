@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 from blendserve import job
 from blendserve.airflow.standalone import is_healthy
+from blendserve.job_record import holding
 from blendserve.manifest import ShardManifest, read_manifest
 from blendserve.spec import JobSpec
 from tests import object_store as stores
@@ -141,7 +143,8 @@ with DAG("own", schedule=None):
     assert any("Process timed out" in line for line in lines)
     shard = read_manifest(root / "completions" / "shard-00000" / "shard.json", ShardManifest)
     assert 0 < shard.num_resumed < NUM_SLOW_ROWS
-    job.merge(root)
+    with holding(root) as lease:
+        job.merge(root, lease)
     assert pq.read_table(root / "results")["num_completion_tokens"].to_pylist() == [200] * NUM_SLOW_ROWS
 
 
@@ -243,6 +246,23 @@ def test_make_airflow_starts_one_that_is_healthy(airflow_environment: dict[str, 
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
+
+
+def test_port_that_another_server_has_is_named(tmp_path: Path) -> None:
+    """That server may be an Airflow: a healthy answer would pass for one of the Airflow that could not start."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "-m", "blendserve.airflow.standalone", "--port", port],
+            env={"BLENDSERVE_AIRFLOW_HOME": str(tmp_path / "airflow"), "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"Port {port} of localhost can't be used: ") and "make airflow PORT=" in done.stderr
+    assert not (tmp_path / "airflow").exists()
 
 
 @pytest.mark.parametrize(("conf", "reason"), [("[1]", "expected an object"), ("{", "is not JSON")])

@@ -95,6 +95,28 @@ def test_force_discards_the_earlier_job(folder: JobFolder, make_record: Any) -> 
     assert read_record(folder).spec.max_tokens == 3
 
 
+def test_force_discards_once_a_run(folder: JobFolder, make_record: Any) -> None:
+    def claim_by(run: str | None, **options: Any) -> None:
+        claim(folder, make_record(**options).model_copy(update={"begun_by": run}))
+
+    claim_by(None)
+    claim_by("batch/first", force=True)
+    work = leave_work(folder)
+    claim_by("batch/first", force=True)
+    claim_by("batch/another")
+    claim_by("batch/first", force=True)
+    assert work.is_file(), "a cleared step goes on, also where another run went on meanwhile"
+    claim_by("batch/first", force=True, text="other rows")
+    assert not work.exists()
+    work = leave_work(folder)
+    claim_by("batch/second", force=True, text="other rows")
+    assert not work.exists()
+    work = leave_work(folder)
+    claim_by(None, force=True, text="other rows")
+    claim_by(None, force=True, text="other rows")
+    assert not work.exists(), "the command line has no runs"
+
+
 def test_force_that_can_not_discard_leaves_the_earlier_job(folder: JobFolder, make_record: Any, tmp_path: Path) -> None:
     """What stays behind would pass as the new job's work."""
     claim(folder, make_record())

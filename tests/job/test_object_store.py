@@ -19,12 +19,13 @@ from s3fs.errors import translate_boto_error
 from typer.testing import CliRunner
 
 from blendserve import cli, job, lease
+from blendserve.airflow.operators import MergeOperator
 from blendserve.engine.shard_folder import ShardFolder
 from blendserve.errors import InputError, InUseError, OutputError, StoreUnreachableError
 from blendserve.file_store import FileStore, open_store, reaching
 from blendserve.input_files import open_input
 from blendserve.job_folder import JobFolder
-from blendserve.job_record import read_record
+from blendserve.job_record import holding, read_record
 from blendserve.lease import acquire_lease, counted_files
 from blendserve.spec import JobSpec
 from blendserve.working_copy import _Copy, working_copy
@@ -121,7 +122,19 @@ def test_whole_job_from_object_store_to_object_store(spec: JobSpec, bucket: str)
     assert job.run(spec)["already_done"]
 
 
-def test_a_url_is_held_until_its_files_are_back(spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "use",
+    [
+        job.preview,
+        lambda spec: call("merge", spec.output),
+        lambda spec: MergeOperator(task_id="merge", root=spec.output).execute({}),
+    ],
+    ids=["preview", "merge", "merge task"],
+)
+def test_a_url_is_held_until_its_files_are_back(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch, use: Callable[[JobSpec], Any]
+) -> None:
+    job.preview(spec)
     held_at: list[str] = []
 
     def checked(name: str) -> None:
@@ -137,7 +150,7 @@ def test_a_url_is_held_until_its_files_are_back(spec: JobSpec, monkeypatch: pyte
 
     checked("stage")
     checked("publish")
-    job.preview(spec)
+    use(spec)
     assert held_at == ["stage", "publish"]
     with acquire_lease(open_store(spec.output), "The job"):
         pass
@@ -160,8 +173,8 @@ def test_steps_go_on_from_what_the_object_store_holds(spec: JobSpec, bucket: str
         with working_copy(spec.output, [f"plan/*shard-{shard:05d}.parquet"]) as root:
             job.run_shard(root / "plan", shard, completions=f"{spec.output}/completions")
     assert {f"out/completions/shard-0000{shard}/shard.json" for shard in (0, 1)} <= set(names(bucket))
-    with working_copy(spec.output, ["work/*", "completions/*"]) as root:
-        assert job.merge(root)["succeeded"] == 12
+    with holding(spec.output) as held, working_copy(spec.output, ["work/*", "completions/*"]) as root:
+        assert job.merge(root, held)["succeeded"] == 12
     with working_copy(spec.output, []) as root:
         job.finish(root)
     assert "out/_SUCCESS" in names(bucket)
@@ -185,8 +198,8 @@ def test_shard_killed_in_mid_run_goes_on_from_the_object_store(spec: JobSpec, bu
         shard = job.run_shard(root / "plan", 0, completions=place)
     assert 0 < shard.num_resumed == len(kept) < num_rows
     assert sorted(row for name in store.names("part-") for row in rows_of(store, name)) == list(range(num_rows))
-    with working_copy(spec.output, ["work/*", "completions/*"]) as root:
-        assert job.merge(root)["succeeded"] == num_rows
+    with holding(spec.output) as held, working_copy(spec.output, ["work/*", "completions/*"]) as root:
+        assert job.merge(root, held)["succeeded"] == num_rows
 
 
 def kill_in_mid_shard(plan: Path, completions: str, has_progressed: Callable[[], bool]) -> None:
