@@ -11,7 +11,7 @@ from blendserve.job_folder import JobFolder
 from blendserve.job_record import JobRecord, check_claimable
 from blendserve.models.config import ModelConfig
 from blendserve.models.source import resolve_model
-from blendserve.planner.plan import plan_hardware
+from blendserve.planner.planned_engine import plan_hardware
 from blendserve.query import QueriedFiles, queried
 from blendserve.spec import JobSpec
 
