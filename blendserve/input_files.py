@@ -74,7 +74,8 @@ class InputFiles:
         for part in self.dataset().get_fragments():
             partitions = pads.get_partition_keys(part.partition_expression)
             with self.filesystem.open(part.path, "rb") as file:
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=FEW_ROWS):
+                # One of Arrow's threads may be what reads here, for a query: it can't wait for others.
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=FEW_ROWS, use_threads=False):
                     added = [
                         pa.repeat(pa.scalar(partitions.get(field.name), field.type), batch.num_rows)
                         for field in list(self.schema)[batch.num_columns :]
