@@ -148,11 +148,9 @@ def run(console: Console, spec: JobSpec) -> tuple[dict[str, Any], int]:
 @_taking_a_job
 def plan(console: Console, spec: JobSpec) -> tuple[dict[str, Any], int]:
     """Order a job and predict its time, without running anything: no GPU is needed."""
-    made = job.preview(spec, on_step=console.step)
-    with working_copy(spec.output) as root:
-        compared = job.compare(root)
+    made, compared = job.preview(spec, on_step=console.step)
     console.simulation(compared)
-    plan_dir = f"{_place(spec.output, root)}/plan"
+    plan_dir = f"{_place(spec.output, Path(spec.output).absolute())}/plan"
     return {**made.model_dump(mode="json"), "plan_dir": plan_dir, "simulated": compared}, 0
 
 

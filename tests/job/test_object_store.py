@@ -100,6 +100,10 @@ def spec(bucket: str, tiny_model: Path) -> Iterator[JobSpec]:
     )
 
 
+def options(spec: JobSpec) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in spec.model_dump(exclude_unset=True).items()]
+
+
 def call(*arguments: str) -> dict[str, Any]:
     """The command's last line."""
     done = CliRunner().invoke(cli.app, [*arguments, "--json"])
@@ -108,8 +112,7 @@ def call(*arguments: str) -> dict[str, Any]:
 
 
 def test_whole_job_from_object_store_to_object_store(spec: JobSpec, bucket: str) -> None:
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in spec.model_dump(exclude_unset=True).items()]
-    assert call("plan", *options)["plan_dir"] == f"{spec.output}/plan"
+    assert call("plan", *options(spec))["plan_dir"] == f"{spec.output}/plan"
     manifest = job.run(spec)
     assert manifest["counts"]["succeeded"] == 12
     for command in ("merge", "report", "show"):
@@ -137,7 +140,7 @@ def test_a_url_is_held_until_its_files_are_back(spec: JobSpec, monkeypatch: pyte
 
     checked("stage")
     checked("publish")
-    job.preview(spec)
+    assert call("plan", *options(spec))["exit_status"] == 0
     assert held_at == ["stage", "publish"]
     with acquire_lease(open_store(spec.output), "The job"):
         pass
