@@ -22,6 +22,7 @@ from blendserve import demo_data, job
 from blendserve.console import Console
 from blendserve.doctor import examine
 from blendserve.errors import BlendServeError, Interrupted, UsageError
+from blendserve.job_record import writing_to
 from blendserve.planner.simulate import POLICIES
 from blendserve.planner.simulate import simulate as simulate_policies
 from blendserve.planner.workload import generate_workload
@@ -251,18 +252,19 @@ def workload(
     model: Annotated[str, typer.Option("--model", help="A built-in model shape or a folder with config.json.")],
     hardware: Annotated[str, typer.Option("--hardware", help="As a job's: h100, 4xh100, a profile's JSON file.")],
     output: Annotated[Path, typer.Option("--output", help="Parquet file to write.")],
-    seed: Annotated[int, typer.Option("--seed", help="Same seed, same workload.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same workload.")] = 0,
 ) -> tuple[dict[str, Any], int]:
     """Write a workload of given density and sharing, drawn from the lengths of real traces."""
-    made = generate_workload(
-        output,
-        density=density,
-        sharing=sharing,
-        num_requests=requests,
-        model=model,
-        hardware=hardware,
-        seed=seed,
-    )
+    with writing_to(output.absolute().parent):
+        made = generate_workload(
+            output,
+            density=density,
+            sharing=sharing,
+            num_requests=requests,
+            model=model,
+            hardware=hardware,
+            seed=seed,
+        )
     console.say(json.dumps(made, indent=2))
     return made, 0
 
@@ -275,7 +277,8 @@ def make_demo_data(
     rows: Annotated[int, typer.Option("--rows", min=3, help="Number of rows.")] = demo_data.DEFAULT_ROWS,
 ) -> tuple[dict[str, Any], int]:
     """Write rows of three kinds with different needs, to try a job on."""
-    counts = demo_data.write(output, rows)
+    with writing_to(output.absolute().parent):
+        counts = demo_data.write(output, rows)
     console.say(f"{output}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
     return {"path": str(output), "rows_by_kind": counts}, 0
 

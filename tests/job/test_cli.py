@@ -14,6 +14,9 @@ from blendserve import cli
 from blendserve.errors import Interrupted, OutputError
 from blendserve.spec import JobSpec
 
+TARGET = ["--model", "llama-3.1-8b", "--hardware", "a100-80gb"]
+WORKLOAD = ["--density", "1.4", "--sharing", "0.35", "--requests", "300", *TARGET]
+
 
 def call(*arguments: object) -> Any:
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
@@ -85,20 +88,28 @@ def test_demo_data_has_three_kinds(tmp_path: Path) -> None:
     assert len({row["id"] for row in rows}) == 40
 
 
+@pytest.mark.parametrize("command", [["demo-data"], ["workload", *WORKLOAD]])
+def test_a_file_that_can_not_be_written_is_named(tmp_path: Path, command: list[str]) -> None:
+    done = call(*command, "--output", tmp_path, "--json")
+    assert done.exit_code == 2
+    assert f"{tmp_path.parent} can't be written" in json.loads(done.stdout)["error"]
+
+
+def test_a_negative_seed_is_refused(tmp_path: Path) -> None:
+    assert call("workload", *WORKLOAD, "--seed", -1, "--output", tmp_path / "w.parquet").exit_code == 2
+
+
 def test_workload_then_simulate(tmp_path: Path) -> None:
-    target = ["--model", "llama-3.1-8b", "--hardware", "a100-80gb"]
     path = tmp_path / "w.parquet"
-    made = call(
-        *("workload", "--density", 1.4, "--sharing", 0.35, "--requests", 300, *target, "--output", path, "--json")
-    )
+    made = call("workload", *WORKLOAD, "--output", path, "--json")
     assert made.exit_code == 0, made.stderr
-    done = call("simulate", "--input", path, *target, "--policies", "blend,dfs", "--json")
+    done = call("simulate", "--input", path, *TARGET, "--policies", "blend,dfs", "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found["policies"]) == {"blend", "dfs"}
     for run in found["policies"].values():
         assert run["seconds"] >= found["bound_seconds"]
-    refused = call("simulate", "--input", path, *target, "--policies", "best")
+    refused = call("simulate", "--input", path, *TARGET, "--policies", "best")
     assert refused.exit_code == 2
     assert "Unknown policies: best" in refused.stderr
 
