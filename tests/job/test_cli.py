@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
 from blendserve import cli
 from blendserve.errors import Interrupted, OutputError
+from blendserve.schemas import RESULT_COLUMNS
 from blendserve.spec import JobSpec
 
 TARGET = ["--model", "llama-3.1-8b", "--hardware", "a100-80gb"]
@@ -53,6 +56,33 @@ def test_exit_statuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: E
     done = call("report", tmp_path, "--json")
     assert done.exit_code == status
     assert json.loads(done.stdout.splitlines()[-1])["exit_status"] == status
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    """A folder of which `show` has what it needs; its name and its row look like marks of rich's and of a terminal."""
+    folder = tmp_path / "out[/b]"
+    (folder / "results").mkdir(parents=True)
+    row = {"request_id": "[/x] :smile: \x1b[31m", "completion": "a\x1b]0;title\x07 [red]b[/c]", "finish_reason": "stop"}
+    counts = dict.fromkeys(("num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"), 1)
+    pq.write_table(pa.Table.from_pylist([{**row, **counts}], RESULT_COLUMNS), folder / "results/part-00000.parquet")
+    manifest = {"counts": {"input_rows": 1}, "tokens": counts, "spec": {"output": str(folder)}, "plan": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"results": ["results/part-00000.parquet"]}))
+    return folder
+
+
+def test_texts_of_rows_and_names_of_folders_are_shown_as_they_are(merged: Path) -> None:
+    done = call("show", merged)
+    assert done.exit_code == 0, done.stderr
+    assert "[/x] :smile:" in done.stdout and "[red]b[/c]" in done.stdout and "out[/b]/report.html" in done.stdout
+    assert "\x1b" not in done.stdout and "\x07" not in done.stdout
+
+
+def test_removed_results_are_named(merged: Path) -> None:
+    shutil.rmtree(merged / "results")
+    done = call("show", merged, "--json")
+    assert done.exit_code == 2
+    assert "results/part-00000.parquet is not there" in json.loads(done.stdout)["error"]
 
 
 @pytest.mark.parametrize("content", ["", '{"counts": ', "[]"])
