@@ -126,9 +126,9 @@ def _set_signature(function: Callable[..., Any], parameters: list[inspect.Parame
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
-def _place(output: str, root: Path) -> str:
-    """What to call the job's folder, which is worked on in `root`."""
-    return output.rstrip("/") if is_url(output) else str(root)
+def _place(output: str) -> str:
+    """What to call the job's folder, from wherever it is asked for."""
+    return output.rstrip("/") if is_url(output) else str(Path(output).absolute())
 
 
 @app.command()
@@ -138,7 +138,7 @@ def run(console: Console, spec: JobSpec) -> tuple[dict[str, Any], int]:
     """Run a job from Parquet to Parquet, or go on with one that was stopped."""
     with console.progress() as on_progress:
         manifest = job.run(spec, on_step=console.step, on_progress=on_progress)
-    console.finished(manifest)
+    console.finished(manifest, _place(spec.output))
     counts = manifest["counts"]
     has_failed_rows = counts["failed"] + counts["rejected"] > 0
     return manifest, _ROWS_FAILED if has_failed_rows and spec.on_row_error == "fail" else 0
@@ -151,7 +151,7 @@ def plan(console: Console, spec: JobSpec) -> tuple[dict[str, Any], int]:
     """Order a job and predict its time, without running anything: no GPU is needed."""
     made, compared = job.preview(spec, on_step=console.step)
     console.simulation(compared)
-    plan_dir = f"{_place(spec.output, Path(spec.output).absolute())}/plan"
+    plan_dir = f"{_place(spec.output)}/plan"
     return {**made.model_dump(mode="json"), "plan_dir": plan_dir, "simulated": compared}, 0
 
 
@@ -179,10 +179,10 @@ def run_shard(
 def merge(console: Console, output: Annotated[str, _JOB_FOLDER]) -> tuple[dict[str, Any], int]:
     """Put the completions of all shards and the input rows together: results, manifest, report, _SUCCESS."""
     with working_copy(output) as root:
-        console.step("merge", job.merge(root) | {"path": f"{_place(output, root)}/results"})
+        console.step("merge", job.merge(root) | {"path": f"{_place(output)}/results"})
         job.report(root)
         manifest = job.finish(root)
-    console.finished(manifest)
+    console.finished(manifest, _place(output))
     return manifest, 0
 
 
@@ -191,7 +191,7 @@ def merge(console: Console, output: Annotated[str, _JOB_FOLDER]) -> tuple[dict[s
 def report(console: Console, output: Annotated[str, _JOB_FOLDER]) -> tuple[dict[str, Any], int]:
     """Draw the HTML report of a job again."""
     with working_copy(output) as root:
-        path = f"{_place(output, root)}/{job.report(root).name}"
+        path = f"{_place(output)}/{job.report(root).name}"
     console.say(path)
     return {"report": path}, 0
 
@@ -208,7 +208,7 @@ def show(
         finished = job.show(root, rows)
     console.results(finished["rows"])
     console.step("plan", finished["manifest"]["plan"] | {"real_seconds": finished["real_seconds"]})
-    console.finished(finished["manifest"])
+    console.finished(finished["manifest"], _place(output))
     return finished, 0
 
 

@@ -102,8 +102,8 @@ class Console:
             table.add_row(shown[0], row["finish_reason"], " / ".join(map(str, tokens)), shown[1])
         _plain_console(quiet=self.is_quiet, width=_TABLE_WIDTH).print(table)
 
-    def finished(self, manifest: dict[str, Any]) -> None:
-        """Counts, tokens, and where everything is."""
+    def finished(self, manifest: dict[str, Any], place: str) -> None:
+        """Counts, tokens, and where everything is: in the folder or at the URL `place`."""
         counts = manifest["counts"]
         if manifest.get("already_done"):
             self.say("This job is finished already: nothing was run. Give --force to run it again.")
@@ -113,9 +113,8 @@ class Console:
         for label, value in manifest["tokens"].items():
             table.add_row(label.removeprefix("num_").replace("_", " "), f"{value:,}")
         self._out.print(table)
-        output = manifest["spec"]["output"].rstrip("/")
         for label, name in (("results", "results"), ("report", "report.html")):  # in the table they would be cut
-            self.say(f"{label}: {output}/{name}")
+            self.say(f"{label}: {place}/{name}")
 
     def simulation(self, found: dict[str, Any]) -> None:
         """What each policy takes, and the bound that none can beat."""
