@@ -84,12 +84,13 @@ class _Rows:
 
     def __init__(self, files: InputFiles) -> None:
         self.error: BlendServeError | None = None  # why the rows can't be read
+        self.schema = files.schema
         self._files = files
         self._is_closed = False
         self._reading = threading.Lock()
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
-        reader = pa.RecordBatchReader.from_batches(self._files.schema, self._batches())
+        reader = pa.RecordBatchReader.from_batches(self.schema, self._batches())
         return reader.__arrow_c_stream__(requested_schema)
 
     def close(self) -> None:
@@ -151,7 +152,14 @@ def _check_types(schema: pa.Schema) -> None:
 def _locked_database(rows: _Rows) -> Iterator[duckdb.DuckDBPyConnection]:
     config = {"memory_limit": _MEMORY_LIMIT, "temp_directory": "", "threads": _NUM_THREADS}
     with duckdb.connect(config=config) as database:
-        database.register("input", rows)
+        try:
+            database.register("input", rows)
+        except duckdb.Error as error:
+            columns = ", ".join(f"{field.name}: {field.type}" for field in rows.schema)
+            raise UsageError(
+                f"Option 'sql': the input can't be queried: {_first_line(error)}. Expected types that DuckDB has, got "
+                f"{columns}. Write the input with other types, or leave the option out."
+            ) from error
         for lock in _LOCKS:
             database.execute(lock)
         try:

@@ -99,6 +99,12 @@ def test_types_that_parquet_can_not_hold_are_refused_before_the_job(files: Input
         queried(files, f"select n, {made} as made from input")
 
 
+def test_a_column_that_duckdb_can_not_read_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], "half": pa.array([1.5], pa.float16())}), tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match=r"Option 'sql': the input can't be queried: .*half: halffloat"):
+        queried(open_input(str(tmp_path)), "select prompt from input")
+
+
 def test_a_damaged_file_is_not_the_querys_fault(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"prompt": [f"{number} hello" for number in range(5000)]}), path)
