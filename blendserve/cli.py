@@ -23,7 +23,7 @@ from blendserve.console import Console
 from blendserve.doctor import examine
 from blendserve.errors import BlendServeError, Interrupted, OutputError, UsageError
 from blendserve.file_store import open_store
-from blendserve.job_record import holding
+from blendserve.job_record import holding, writing_to
 from blendserve.planner.simulate import POLICIES
 from blendserve.planner.simulate import simulate as simulate_policies
 from blendserve.planner.workload import generate_workload
@@ -127,9 +127,9 @@ def _set_signature(function: Callable[..., Any], parameters: list[inspect.Parame
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
-def _place(output: str, root: Path) -> str:
-    """What to call the job's folder, which is worked on in `root`."""
-    return output.rstrip("/") if is_url(output) else str(root)
+def _place(output: str) -> str:
+    """What to call the job's folder, from wherever it is asked for."""
+    return output.rstrip("/") if is_url(output) else str(Path(output).absolute())
 
 
 @app.command()
@@ -139,7 +139,7 @@ def run(console: Console, spec: JobSpec) -> tuple[dict[str, Any], int]:
     """Run a job from Parquet to Parquet, or go on with one that was stopped."""
     with console.progress() as on_progress:
         manifest = job.run(spec, on_step=console.step, on_progress=on_progress)
-    console.finished(manifest)
+    console.finished(manifest, _place(spec.output))
     counts = manifest["counts"]
     has_failed_rows = counts["failed"] + counts["rejected"] > 0
     return manifest, _ROWS_FAILED if has_failed_rows and spec.on_row_error == "fail" else 0
@@ -150,11 +150,9 @@ def run(console: Console, spec: JobSpec) -> tuple[dict[str, Any], int]:
 @_taking_a_job
 def plan(console: Console, spec: JobSpec) -> tuple[dict[str, Any], int]:
     """Order a job and predict its time, without running anything: no GPU is needed."""
-    made = job.preview(spec, on_step=console.step)
-    with working_copy(spec.output) as root:
-        compared = job.compare(root)
+    made, compared = job.preview(spec, on_step=console.step)
     console.simulation(compared)
-    plan_dir = f"{_place(spec.output, root)}/plan"
+    plan_dir = f"{_place(spec.output)}/plan"
     return {**made.model_dump(mode="json"), "plan_dir": plan_dir, "simulated": compared}, 0
 
 
@@ -184,10 +182,10 @@ def merge(console: Console, output: Annotated[str, _JOB_FOLDER]) -> tuple[dict[s
     if open_store(output).read("job.json") is None:
         raise OutputError(f"{output} holds no job: job.json is not there. Give the output of a job.")
     with holding(output) as lease, working_copy(output) as root:
-        console.step("merge", job.merge(root, lease) | {"path": f"{_place(output, root)}/results"})
+        console.step("merge", job.merge(root, lease) | {"path": f"{_place(output)}/results"})
         job.report(root)
         manifest = job.finish(root)
-    console.finished(manifest)
+    console.finished(manifest, _place(output))
     return manifest, 0
 
 
@@ -196,7 +194,7 @@ def merge(console: Console, output: Annotated[str, _JOB_FOLDER]) -> tuple[dict[s
 def report(console: Console, output: Annotated[str, _JOB_FOLDER]) -> tuple[dict[str, Any], int]:
     """Draw the HTML report of a job again."""
     with working_copy(output) as root:
-        path = f"{_place(output, root)}/{job.report(root).name}"
+        path = f"{_place(output)}/{job.report(root).name}"
     console.say(path)
     return {"report": path}, 0
 
@@ -213,7 +211,7 @@ def show(
         finished = job.show(root, rows)
     console.results(finished["rows"])
     console.step("plan", finished["manifest"]["plan"] | {"real_seconds": finished["real_seconds"]})
-    console.finished(finished["manifest"])
+    console.finished(finished["manifest"], _place(output))
     return finished, 0
 
 
@@ -257,18 +255,19 @@ def workload(
     model: Annotated[str, typer.Option("--model", help="A built-in model shape or a folder with config.json.")],
     hardware: Annotated[str, typer.Option("--hardware", help="As a job's: h100, 4xh100, a profile's JSON file.")],
     output: Annotated[Path, typer.Option("--output", help="Parquet file to write.")],
-    seed: Annotated[int, typer.Option("--seed", help="Same seed, same workload.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same workload.")] = 0,
 ) -> tuple[dict[str, Any], int]:
     """Write a workload of given density and sharing, drawn from the lengths of real traces."""
-    made = generate_workload(
-        output,
-        density=density,
-        sharing=sharing,
-        num_requests=requests,
-        model=model,
-        hardware=hardware,
-        seed=seed,
-    )
+    with writing_to(output.absolute().parent):
+        made = generate_workload(
+            output,
+            density=density,
+            sharing=sharing,
+            num_requests=requests,
+            model=model,
+            hardware=hardware,
+            seed=seed,
+        )
     console.say(json.dumps(made, indent=2))
     return made, 0
 
@@ -281,7 +280,8 @@ def make_demo_data(
     rows: Annotated[int, typer.Option("--rows", min=3, help="Number of rows.")] = demo_data.DEFAULT_ROWS,
 ) -> tuple[dict[str, Any], int]:
     """Write rows of three kinds with different needs, to try a job on."""
-    counts = demo_data.write(output, rows)
+    with writing_to(output.absolute().parent):
+        counts = demo_data.write(output, rows)
     console.say(f"{output}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
     return {"path": str(output), "rows_by_kind": counts}, 0
 

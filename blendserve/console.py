@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any
 import rich.console
 import rich.progress
 import rich.table
-import rich.text
 
 from blendserve.doctor import Finding
 from blendserve.engine_process import Progress
@@ -35,6 +35,7 @@ _SUMMARY_LABELS = {
 _COST_LABELS = {"device_hours": "device hours", "cost": "cost"}
 _SHOWN_CHARACTERS = 160
 _TABLE_WIDTH = 120
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +46,17 @@ class Console:
 
     @property
     def _out(self) -> rich.console.Console:
-        return rich.console.Console(quiet=self.is_quiet, highlight=False, soft_wrap=True)
+        return _plain_console(quiet=self.is_quiet, soft_wrap=True)
 
     @property
     def _err(self) -> rich.console.Console:
-        return rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+        return _plain_console(stderr=True, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        self._out.print(text, markup=False)
+        self._out.print(text)
 
     def error(self, text: str) -> None:
-        self._err.print(text, markup=False)
+        self._err.print(text)
 
     def step(self, name: str, result: dict[str, Any]) -> None:
         """One line for a finished step; a table for the plan."""
@@ -65,7 +66,7 @@ class Console:
                 self.error(f"warning: {warning}")
             return
         shown = ", ".join(f"{key} {value}" for key, value in result.items() if isinstance(value, (int, float, str)))
-        self._err.print(f"{name}: {shown}", markup=False)
+        self._err.print(f"{name}: {shown}")
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None]]:
@@ -98,12 +99,12 @@ class Console:
             tokens = [row[f"num_{name}_tokens"] for name in ("prompt", "cached", "completion")]
             text = " ".join((row["completion"] or row["error"] or "").split())
             text = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
-            shown = rich.text.Text(text)
-            table.add_row(row["request_id"], row["finish_reason"], " / ".join(map(str, tokens)), shown)
-        rich.console.Console(quiet=self.is_quiet, width=_TABLE_WIDTH).print(table)
+            shown = [_without_controls(text) for text in (row["request_id"], text)]
+            table.add_row(shown[0], row["finish_reason"], " / ".join(map(str, tokens)), shown[1])
+        _plain_console(quiet=self.is_quiet, width=_TABLE_WIDTH).print(table)
 
-    def finished(self, manifest: dict[str, Any]) -> None:
-        """Counts, tokens, and where everything is."""
+    def finished(self, manifest: dict[str, Any], place: str) -> None:
+        """Counts, tokens, and where everything is: in the folder or at the URL `place`."""
         counts = manifest["counts"]
         if manifest.get("already_done"):
             self.say("This job is finished already: nothing was run. Give --force to run it again.")
@@ -112,10 +113,9 @@ class Console:
             table.add_row(label.replace("_", " "), f"{value:,}")
         for label, value in manifest["tokens"].items():
             table.add_row(label.removeprefix("num_").replace("_", " "), f"{value:,}")
-        output = manifest["spec"]["output"]
-        table.add_row("results", f"{output}/results")
-        table.add_row("report", f"{output}/report.html")
         self._out.print(table)
+        for label, name in (("results", "results"), ("report", "report.html")):  # in the table they would be cut
+            self.say(f"{label}: {place}/{name}")
 
     def simulation(self, found: dict[str, Any]) -> None:
         """What each policy takes, and the bound that none can beat."""
@@ -136,6 +136,16 @@ class Console:
             mark = "ok" if finding.is_fine else ("missing" if finding.is_required else "optional")
             table.add_row(mark, finding.what, finding.found, "" if finding.is_fine else finding.remedy)
         self._out.print(table)
+
+
+def _plain_console(**options: Any) -> rich.console.Console:
+    """One that takes nothing in ids, texts and names of folders for marks of its own."""
+    return rich.console.Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def _without_controls(text: str) -> str:
+    """What of a row's text may go to a terminal, which would obey the rest."""
+    return _CONTROLS.sub("\ufffd", text)
 
 
 def plan_table(summary: dict[str, Any]) -> rich.table.Table:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from blendserve.query import QueriedFiles
 
 _INT32_MAX = 2**31 - 1
+_NO_PYTHON_VALUE = (ValueError, OverflowError, KeyError)  # of pyarrow's, the last for an unknown time zone
 _DEFAULT_PROMPT_COLUMNS = ("prompt_token_ids", "messages", "prompt")
 
 Row = dict[str, Any]
@@ -157,7 +158,7 @@ def _prompt_reader(spec: JobSpec, schema: pa.Schema) -> PromptReader:
     if _is_list(kind) and pa.types.is_integer(kind.value_type):
         return lambda batch: [_token_prompt(ids) for ids in batch.column(name).to_pylist()]
     if _is_list(kind) and pa.types.is_struct(kind.value_type):
-        return lambda batch: [_chat_prompt(messages) for messages in batch.column(name).to_pylist()]
+        return lambda batch: [_chat_prompt(messages) for messages in _python_values(batch.column(name))]
     raise InputError(
         f"Prompt column '{name}' has type {kind}; expected text, a list of token ids, or a list of "
         "{role, content} messages. Use --template '{{ " + name + " }}' to turn other types into text."
@@ -179,6 +180,21 @@ def _texts(column: pa.Array) -> list[str | UnicodeDecodeError | None]:
     return texts
 
 
+def _python_values(column: pa.Array) -> list[Any]:
+    """The values as Python's; where one has none, as nanoseconds and years after 9999, the error in its place."""
+    try:
+        return list(column.to_pylist())
+    except _NO_PYTHON_VALUE:
+        return [_python_value(value) for value in column]
+
+
+def _python_value(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except _NO_PYTHON_VALUE as error:
+        return error
+
+
 def _text_prompt(text: str | UnicodeDecodeError | None) -> Row:
     if text is None:
         return {"error": "the prompt is null"}
@@ -198,9 +214,11 @@ def _token_prompt(ids: list[int | None] | None) -> Row:
     return {"prompt_token_ids": ids}
 
 
-def _chat_prompt(messages: list[Row | None] | None) -> Row:
+def _chat_prompt(messages: list[Row | None] | Exception | None) -> Row:
     if messages is None:
         return {"error": "the prompt is null"}
+    if isinstance(messages, Exception):
+        return {"error": f"the prompt can't be read: {messages}"}
     if not messages:
         return {"error": "the prompt is empty"}
     for position, message in enumerate(messages):
@@ -211,13 +229,18 @@ def _chat_prompt(messages: list[Row | None] | None) -> Row:
 
 
 def _template_reader(source: str, schema: pa.Schema) -> PromptReader:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, autoescape=False, finalize=_not_null
+    )
     try:
         parsed = environment.parse(source)
         names = sorted(jinja2.meta.find_undeclared_variables(parsed))
         template = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise UsageError(f"Template can't be parsed: {error.message} (line {error.lineno}).") from error
+        raise UsageError(
+            f"Template can't be parsed: {error.message} (line {error.lineno}). Expected Jinja, as in "
+            "'Summarize: {{ body }}'; a column whose name is not one word gets another name with --sql."
+        ) from error
     if any(True for _ in jinja2.meta.find_referenced_templates(parsed)):
         raise UsageError("Template includes, imports or extends another one, which it can't: a template stands alone.")
     if not names:
@@ -235,9 +258,16 @@ def _template_reader(source: str, schema: pa.Schema) -> PromptReader:
     return render
 
 
+def _not_null(value: Any) -> Any:
+    """Of what a template writes: a null inside a column's value would become the word None."""
+    if value is None:
+        raise ValueError("it writes a null; give it something else, as in {{ name or 'unknown' }}")
+    return value
+
+
 def _values(column: pa.Array) -> list[Any]:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    return _texts(column) if _is_text(kind) or _is_bytes(kind) else column.to_pylist()
+    return _texts(column) if _is_text(kind) or _is_bytes(kind) else _python_values(column)
 
 
 def _render_row(template: jinja2.Template, values: Row) -> Row:
@@ -246,6 +276,8 @@ def _render_row(template: jinja2.Template, values: Row) -> Row:
             return {"error": f"column '{name}', which the template names, is null"}
         if isinstance(value, UnicodeDecodeError):
             return {"error": f"column '{name}', which the template names, is no UTF-8 text"}
+        if isinstance(value, Exception):
+            return {"error": f"column '{name}', which the template names, can't be read: {value}"}
     try:
         return _text_prompt(template.render(values))
     except Exception as error:  # noqa: BLE001 - a template runs the user's expressions: whatever fails, fails this row

@@ -14,10 +14,17 @@ from blendserve.schemas import RESULT_COLUMNS
 
 
 def show(root: Path, num_rows: int) -> dict[str, Any]:
-    """A finished job for a person: `rows` (evenly spread over the result), `manifest`, `real_seconds` of its shards."""
+    """A finished job for a person: `rows` (evenly spread over the result), `manifest`, `real_seconds` of its shards.
+
+    Raises OutputError when it isn't merged or its results were removed.
+    """
     folder = JobFolder(root.absolute())
     manifest = read_final_manifest(folder)
-    results = pads.dataset(folder.results, format="parquet", schema=RESULT_COLUMNS)
+    files = [folder.root / name for name in manifest["results"]]
+    for path in files:
+        if not path.is_file():
+            raise OutputError(f"{path} is not there: results were removed. Run the job again, which makes them anew.")
+    results = pads.dataset(list(map(str, files)), format="parquet", schema=RESULT_COLUMNS)
     total = results.count_rows()
     num_rows = min(num_rows, total)
     rows = results.take([position * total // num_rows for position in range(num_rows)]).to_pylist()

@@ -74,7 +74,8 @@ class InputFiles:
         for part in self.dataset().get_fragments():
             partitions = pads.get_partition_keys(part.partition_expression)
             with self.filesystem.open(part.path, "rb") as file:
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=FEW_ROWS):
+                # One of Arrow's threads may be what reads here, for a query: it can't wait for others.
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=FEW_ROWS, use_threads=False):
                     added = [
                         pa.repeat(pa.scalar(partitions.get(field.name), field.type), batch.num_rows)
                         for field in list(self.schema)[batch.num_columns :]
@@ -91,15 +92,16 @@ def open_input(stated: str, *, output: str | None = None) -> InputFiles:
     try:
         filesystem, path = fsspec.core.url_to_fs(stated)
         root, paths = _list_paths(filesystem, path)
-        if output is not None:
-            paths = _leave_out(paths, filesystem, output)
+        outside = paths if output is None else _leave_out(paths, filesystem, output)
     except store_errors() as error:
         raise store_error(stated, error, InputError(f"Input {stated} can't be reached: {error}.")) from error
-    if not paths:
+    if not outside:
+        left_out = f" but such as lie in the output folder {output}, which are never input" if paths else ""
         raise InputError(
-            f"Input {stated} names no Parquet file. Expected a file, a glob such as 'data/*.parquet', or a folder."
+            f"Input {stated} names no Parquet file{left_out}. Expected a file, a glob such as 'data/*.parquet', or a "
+            "folder."
         )
-    schemas, num_rows = {}, 0
+    paths, schemas, num_rows = outside, {}, 0
     for name in paths:
         schemas[name], rows = _read_footer(filesystem, name)
         num_rows += rows

@@ -67,8 +67,11 @@ def run(
         return finish(folder.root)
 
 
-def preview(spec: JobSpec, *, on_step: Announce | None = None) -> PlanManifest:
-    """Plan the job without running anything. A later `run` plans again, with the lengths that its sample shows."""
+def preview(spec: JobSpec, *, on_step: Announce | None = None) -> tuple[PlanManifest, dict[str, Any]]:
+    """Plan the job without running anything: the plan, and what each policy would take.
+
+    A later `run` plans again, with the lengths that its sample shows.
+    """
     announce = on_step or (lambda _step, _result: None)
     with _held(spec) as (examined, _):
         folder = examined.folder
@@ -77,7 +80,7 @@ def preview(spec: JobSpec, *, on_step: Announce | None = None) -> PlanManifest:
         announce("analyze", analyze(folder.root))
         made = plan(folder.root, is_preview=True)
         announce("plan", made.summary)
-        return made
+        return made, _compare(folder.root)
 
 
 def preflight(spec: JobSpec, root: Path | None = None) -> dict[str, Any]:
@@ -140,14 +143,6 @@ def choose_sample(root: Path) -> dict[str, Any]:
         return {"num_requests": sum(shard.num_requests for shard in chosen.shards)}
     with writing_to(folder.root):
         return {"num_requests": write_sample_plan(folder, record.spec, Path(record.model_folder))}
-
-
-def compare(root: Path) -> dict[str, Any]:
-    """What each policy would take for what is left to run of an analyzed job, by simulation."""
-    from blendserve.planner.policy_comparison import compare_policies
-
-    folder, record = _open(root)
-    return compare_policies(folder, record.spec, Path(record.model_folder))
 
 
 def run_sample(
@@ -272,6 +267,13 @@ def _held(spec: JobSpec) -> Iterator[tuple[ExaminedJob, Lease]]:
             examined = examine(spec)
             lease = held.enter_context(holding(examined.folder.root))
         yield examined, lease
+
+
+def _compare(root: Path) -> dict[str, Any]:
+    from blendserve.planner.policy_comparison import compare_policies
+
+    folder, record = _open(root)
+    return compare_policies(folder, record.spec, Path(record.model_folder))
 
 
 def _extract(examined: ExaminedJob, begun_by: str | None = None) -> dict[str, Any]:

@@ -40,6 +40,11 @@ class SamplingSpec(_Spec):
     stop: tuple[str, ...] = Field((), title="Stop strings", description="A completion ends before the first of these.")
     ignore_eos: bool = Field(False, title="Ignore end of text", description="Always generate max_tokens tokens.")
 
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop_string_is_a_list_of_it(cls, stop: object) -> object:
+        return (stop,) if isinstance(stop, str) else stop
+
     @field_validator("temperature")
     @classmethod
     def _almost_greedy_is_greedy(cls, temperature: float) -> float:
@@ -102,6 +107,11 @@ class EngineSpec(_Spec):
         title="Log texts",
         description="Prompts and completions in the shards' logs, which more people may read than the results.",
     )
+
+    @field_validator("overlap", mode="before")
+    @classmethod
+    def _yaml_reads_on_as_true(cls, overlap: object) -> object:
+        return ("on" if overlap else "off") if isinstance(overlap, bool) else overlap
 
 
 class JobSpec(SamplingSpec, EngineSpec):
@@ -219,7 +229,7 @@ def describe_validation_error(error: ValidationError) -> str:
     """One line a problem: the option, what is wrong, what was given."""
     lines = []
     for problem in error.errors():
-        option = ".".join(str(part) for part in problem["loc"]) or "job"
+        option = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = ", ".join(sorted(JobSpec.model_fields))
             lines.append(f"Unknown option '{option}'. Known options: {known}.")
@@ -227,5 +237,6 @@ def describe_validation_error(error: ValidationError) -> str:
             lines.append(f"Option '{option}' is missing. Give --{option.replace('_', '-')} or set it in the job file.")
         else:
             got = f"; got {problem['input']!r}" if problem["loc"] else ""  # a whole job may hold what isn't for logs
-            lines.append(f"Option '{option}': {problem['msg']}{got}.")
+            where = f"Option '{option}': " if problem["loc"] else ""
+            lines.append(f"{where}{problem['msg'].removeprefix('Value error, ')}{got}.")
     return "\n".join(lines)

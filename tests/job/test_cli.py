@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +15,11 @@ from typer.testing import CliRunner
 from blendserve import cli
 from blendserve.console import Console
 from blendserve.errors import Interrupted, OutputError
+from blendserve.schemas import RESULT_COLUMNS
 from blendserve.spec import JobSpec
+
+TARGET = ["--model", "llama-3.1-8b", "--hardware", "a100-80gb"]
+WORKLOAD = ["--density", "1.4", "--sharing", "0.35", "--requests", "300", *TARGET]
 
 
 def call(*arguments: object) -> Any:
@@ -53,6 +59,34 @@ def test_exit_statuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: E
     assert json.loads(done.stdout.splitlines()[-1])["exit_status"] == status
 
 
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    """A folder of which `show` has what it needs; its name and its row look like marks of rich's and of a terminal."""
+    folder = tmp_path / "out[/b]"
+    (folder / "results").mkdir(parents=True)
+    row = {"request_id": "[/x] :smile: \x1b[31m", "completion": "a\x1b]0;title\x07 [red]b[/c]", "finish_reason": "stop"}
+    counts = dict.fromkeys(("num_prompt_tokens", "num_cached_tokens", "num_completion_tokens"), 1)
+    pq.write_table(pa.Table.from_pylist([{**row, **counts}], RESULT_COLUMNS), folder / "results/part-00000.parquet")
+    manifest = {"counts": {"input_rows": 1}, "tokens": counts, "spec": {"output": "where/it/was"}, "plan": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"results": ["results/part-00000.parquet"]}))
+    return folder
+
+
+def test_texts_of_rows_and_names_of_folders_are_shown_as_they_are(merged: Path) -> None:
+    done = call("show", merged)
+    assert done.exit_code == 0, done.stderr
+    for shown in ("[/x] :smile:", "[red]b[/c]", f"report: {merged}/report.html"):
+        assert shown in done.stdout
+    assert "\x1b" not in done.stdout and "\x07" not in done.stdout
+
+
+def test_removed_results_are_named(merged: Path) -> None:
+    shutil.rmtree(merged / "results")
+    done = call("show", merged, "--json")
+    assert done.exit_code == 2
+    assert "results/part-00000.parquet is not there" in json.loads(done.stdout)["error"]
+
+
 @pytest.mark.parametrize("content", ["", '{"counts": ', "[]"])
 def test_a_broken_manifest_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
@@ -86,20 +120,28 @@ def test_demo_data_has_three_kinds(tmp_path: Path) -> None:
     assert len({row["id"] for row in rows}) == 40
 
 
+@pytest.mark.parametrize("command", [["demo-data"], ["workload", *WORKLOAD]])
+def test_a_file_that_can_not_be_written_is_named(tmp_path: Path, command: list[str]) -> None:
+    done = call(*command, "--output", tmp_path, "--json")
+    assert done.exit_code == 2
+    assert f"{tmp_path.parent} can't be written" in json.loads(done.stdout)["error"]
+
+
+def test_a_negative_seed_is_refused(tmp_path: Path) -> None:
+    assert call("workload", *WORKLOAD, "--seed", -1, "--output", tmp_path / "w.parquet").exit_code == 2
+
+
 def test_workload_then_simulate(tmp_path: Path) -> None:
-    target = ["--model", "llama-3.1-8b", "--hardware", "a100-80gb"]
     path = tmp_path / "w.parquet"
-    made = call(
-        *("workload", "--density", 1.4, "--sharing", 0.35, "--requests", 300, *target, "--output", path, "--json")
-    )
+    made = call("workload", *WORKLOAD, "--output", path, "--json")
     assert made.exit_code == 0, made.stderr
-    done = call("simulate", "--input", path, *target, "--policies", "blend,dfs", "--json")
+    done = call("simulate", "--input", path, *TARGET, "--policies", "blend,dfs", "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found["policies"]) == {"blend", "dfs"}
     for run in found["policies"].values():
         assert run["seconds"] >= found["bound_seconds"]
-    refused = call("simulate", "--input", path, *target, "--policies", "best")
+    refused = call("simulate", "--input", path, *TARGET, "--policies", "best")
     assert refused.exit_code == 2
     assert "Unknown policies: best" in refused.stderr
 

@@ -89,7 +89,7 @@ def test_an_output_folder_inside_the_input_folder(tmp_path: Path, tiny_model: Pa
 
 @pytest.mark.parametrize(
     ("template", "message"),
-    [("hello", "names no column"), ("{{ a", "can't be parsed"), ("{% if %}", "can't be parsed")],
+    [("hello", "names no column"), ("{{ a", "can't be parsed"), ("{{ my column }}", "whose name is not one word")],
 )
 def test_bad_templates_stop_the_job(tmp_path: Path, template: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -153,6 +153,29 @@ def test_a_template_sees_bytes_as_text(tmp_path: Path, kind: pa.DataType | str) 
     rows = extract(tmp_path, pa.table({"a": column}), template="{{ a }}!")
     assert [row["prompt"] for row in rows] == ["ü!", None, None]
     assert "no UTF-8" in rows[2]["error"]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([1, 1000], pa.timestamp("ns")),
+        pa.array([2**55, 0], pa.timestamp("ms")),
+        pa.array([[NOT_UTF8], [b"x"]]).view(pa.list_(pa.string())),
+        pa.array([[None], ["x"]], pa.list_(pa.string())),
+    ],
+    ids=["nanoseconds", "year 1143707", "no UTF-8", "null"],
+)
+def test_a_value_that_a_template_can_not_write_fails_its_row_alone(tmp_path: Path, column: pa.Array) -> None:
+    rows = extract(tmp_path, pa.table({"a": column}), template="{{ a[0] if a is sequence else a }}!")
+    assert "template" in rows[0]["error"] and rows[1]["error"] is None
+
+
+def test_messages_that_are_no_text_fail_their_row_alone(tmp_path: Path) -> None:
+    content = pa.array([b"x", NOT_UTF8]).view(pa.string())
+    messages = pa.StructArray.from_arrays([pa.array(["user", "user"]), content], ["role", "content"])
+    rows = extract(tmp_path, pa.table({"messages": pa.ListArray.from_arrays([0, 1, 2], messages)}))
+    assert rows[0]["messages"] == [{"role": "user", "content": "x"}]
+    assert "the prompt can't be read: 'utf-8' codec can't decode" in rows[1]["error"]
 
 
 def test_long_rows_are_read_and_written_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

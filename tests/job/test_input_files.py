@@ -88,6 +88,12 @@ def test_the_output_is_no_input(tmp_path: Path, stated: str) -> None:
     assert [Path(name).name for name in names] == ["x.parquet", "y.parquet"]
 
 
+def test_an_input_that_lies_in_the_output_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", prompt=["x"])
+    with pytest.raises(InputError, match=f"no Parquet file but such as lie in the output folder {tmp_path}, "):
+        open_input(str(path), output=str(tmp_path))
+
+
 def test_digest_follows_partitions(tmp_path: Path) -> None:
     first = open_input(str(write(tmp_path / "day=1" / "a.parquet", prompt=["x"]).parents[1])).digest()
     (tmp_path / "day=1" / "a.parquet").rename(tmp_path / "day=1" / "b.parquet")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from blendserve import job
-from blendserve.errors import InputError, UsageError
+from blendserve.errors import InputError, StoreUnreachableError, UsageError
 from blendserve.input_files import InputFiles, open_input
 from blendserve.query import queried
 from blendserve.spec import JobSpec
@@ -96,6 +99,12 @@ def test_types_that_parquet_can_not_hold_are_refused_before_the_job(files: Input
         queried(files, f"select n, {made} as made from input")
 
 
+def test_a_column_that_duckdb_can_not_read_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a"], "half": pa.array([1.5], pa.float16())}), tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match=r"Option 'sql': the input can't be queried: .*half: halffloat"):
+        queried(open_input(str(tmp_path)), "select prompt from input")
+
+
 def test_a_damaged_file_is_not_the_querys_fault(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"prompt": [f"{number} hello" for number in range(5000)]}), path)
@@ -104,6 +113,41 @@ def test_a_damaged_file_is_not_the_querys_fault(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match="damaged"):
         rows(open_input(str(path)), "select upper(prompt) as prompt from input")
+
+
+def test_what_fails_after_the_first_rows_is_told_like_what_fails_at_once(tmp_path: Path) -> None:
+    names = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for name in names:
+        numbers = range(20_000)
+        pq.write_table(pa.table({"n": [str(number) for number in numbers[:-1]] + ["x"]}), name, row_group_size=1000)
+    opened = open_input(str(tmp_path))
+    with pytest.raises(UsageError, match=r"the query fails: Conversion Error: Could not convert string 'x' [^\n]*$"):
+        rows(opened, "select cast(n as integer) as n from input")
+    content = bytearray(names[1].read_bytes())
+    content[10:2000] = b"\xff" * 1990
+    names[1].write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        rows(opened, "select upper(n) as prompt from input")
+
+
+def test_a_store_that_stops_answering_in_mid_query_is_not_the_querys_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fsspec.filesystem("memory")
+    for number in range(3):
+        with store.open(f"/stored/{number}.parquet", "wb") as file:
+            pq.write_table(pa.table({"n": range(1000)}), file)
+    files, readers, open_file = open_input("memory://stored"), [], store._open
+
+    def opened(_store: object, path: str, *arguments: Any, **options: Any) -> Any:
+        readers.append(threading.get_ident())
+        if path == files.paths[2]:
+            raise ConnectionError("no route to the store")
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(type(store), "_open", opened)
+    with pytest.raises(StoreUnreachableError, match="memory://stored doesn't answer: no route to the store"):
+        rows(files, "select n + 1 as n from input")
+    # A thread that still reads from a store at the process's end would abort it.
+    assert duckdb.__version__.startswith("1.") or set(readers) == {threading.get_ident()}
 
 
 def test_job_runs_on_what_its_query_makes(files: InputFiles, tiny_model: Path, tmp_path: Path) -> None:

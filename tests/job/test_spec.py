@@ -89,3 +89,13 @@ def test_every_option_tells_what_it_is() -> None:
 def test_the_parts_of_a_job_carry_its_values() -> None:
     spec = load_job(None, {**REQUIRED, "max_tokens": 3, "block_size": 8})
     assert (spec.sampling.max_tokens, spec.engine.block_size) == (3, 8)
+
+
+def test_what_yaml_makes_of_on_and_of_one_stop_string(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("input: i\noutput: o\noverlap: on\nstop: END\n")
+    spec = load_job(path, {})
+    assert (spec.overlap, spec.stop) == ("on", ("END",))
+    path.write_text("input: i\noutput: o\noverlap: off\nstop: ''\n")
+    with pytest.raises(UsageError, match="empty stop string"):
+        load_job(path, {})
