@@ -299,6 +299,8 @@ def test_job_without_input_is_an_import_error_unless_a_form_may_state_it() -> No
 def test_values_that_a_run_renders_are_left_to_it() -> None:
     with DAG("own", schedule=None, params={"n": 3}) as dag:
         BlendServeBatch(input=dag.param("n"), output="/{{ ds }}", max_tokens="{{ params.n }}", stop=["{{ ds }}"])
+    options = dag.get_task("blendserve.preflight").options
+    assert (options["max_tokens"], options["stop"]) == ("{{ params.n }}", ["{{ ds }}"])
 
 
 @pytest.mark.parametrize(("shard", "name"), [(3, "shard 3 · density 0.9"), (None, "nothing left to run")])
