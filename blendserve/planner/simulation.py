@@ -29,7 +29,8 @@ class SimulatedMachine:
 
     overhead_seconds: what each step takes besides, of which nothing overlaps.
     unplanned_batched_tokens: what a step may hold where nothing says how much prefill a step has room for; more of it
-    would make every long output wait. None: as many as this engine takes (`step_tokens.py`).
+    would make every long output wait. None: it is this engine, which takes what `step_tokens.py` says and admits by the
+    estimated output in any order.
     interference: how much of the shorter of compute and memory time a step adds to the longer one, from 0 (perfect
     overlap) to 1 (one after the other).
     """

@@ -40,6 +40,7 @@ class Simulator(SimulatedEngine):
         )
         self._order: list[int] = shard.positions.tolist()
         self._is_two_ended, self._reserves_output = shard.is_two_ended, shard.reserves_output
+        self._looks_ahead = shard.reserves_output or machine.unplanned_batched_tokens is None
         self._rate = AdmissionRate(self._scanner, shard.pace)
         self._costs = StepCosts(
             token=machine.decode_token_seconds,
@@ -181,7 +182,7 @@ class Simulator(SimulatedEngine):
         produced = self._produced[request]
         held = self._prompt[request] - self._cache.shared_tokens(request) + produced
         held += self._cache.missing_tokens(request) + self._own_tokens + self._cache.pinned_tokens
-        if not self._reserves_output:
+        if not self._looks_ahead:
             return held <= capacity * (1 - _WATERMARK)
         rest = max(self._estimate[request] - produced, 1)
         if held + rest * (len(self._running) + len(self._prefilling) + 1) <= capacity:

@@ -36,13 +36,14 @@ def unit_costs(*, num_prompt_tokens, shared_prefix_tokens, mean_output_tokens, m
     return compute, np.maximum(np.maximum(read, layer_tokens), 1) * UNITS.seconds_per_kv_token
 
 
-def machine(capacity=20_000, is_overlapped=True, max_batched_tokens=256, step_seconds=0.0) -> SimulatedMachine:
+def machine(capacity=20_000, is_overlapped=True, max_batched_tokens=256, step_seconds=0.0, **more) -> SimulatedMachine:
     return SimulatedMachine(
         constants=UNITS,
         step_seconds=step_seconds,
         capacity_tokens=capacity,
         max_batched_tokens=max_batched_tokens,
         interference=0.0 if is_overlapped else 1.0,
+        **more,
     )
 
 
@@ -152,6 +153,14 @@ def test_a_cache_that_is_too_small_preempts_and_still_finishes():
     (result,) = replay(job, "fcfs", capacity=500)
     assert result.num_preemptions > 0
     assert result.num_output_tokens == 4000
+
+
+def test_this_engine_admits_by_estimated_outputs_in_any_order_and_others_by_prompts():
+    job = job_of([10] * 20, [0] * 20, [200] * 20)
+    others, ours = (
+        replay(job, "fcfs", capacity=1000, unplanned_batched_tokens=tokens)[0].num_preemptions for tokens in (512, None)
+    )
+    assert others > 0 and ours == 0
 
 
 def test_a_prompt_longer_than_the_cache_runs_alone():
