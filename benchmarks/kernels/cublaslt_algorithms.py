@@ -10,18 +10,16 @@ gets, beside torch's own product. At the power limit what takes less energy take
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import partial
 
 import torch
 
-from benchmarks.kernels.measuring import DTYPE, PROJECTIONS, check_close, median_seconds
+from benchmarks.kernels.measuring import DTYPE, PROJECTIONS, check_close, hot_seconds, median_seconds
 from benchmarks.kernels.reports import Row, run_and_report
-from blendserve.nvidia_smi import query_gpus
 
-NUM_TOKENS, NUM_WEIGHTS, MOST_ALGORITHMS, MOST_LASTING = 1024, 4, 64, 8
+NUM_TOKENS, NUM_WEIGHTS, MOST_ALGORITHMS, MOST_LASTING, REPEATS = 1024, 4, 64, 8, 8
 SECONDS, WORKSPACE_BYTES, NEAR = 0.6, 64 << 20, 1.1
 # Of cublasLt.h: enumerators of 32 bits, and the attributes of an algorithm that tell one from another.
 FLOAT32, BFLOAT16, COMPUTE_FLOAT32 = 0, 14, 68
@@ -106,21 +104,10 @@ def lasting(calls: list[Callable[[], object]]) -> tuple[float, str, str]:
     """Seconds a call once the GPU is hot, its clock and its power."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls * 8:
+        for call in calls * REPEATS:
             call()
-    seconds = 0.0
-    for wanted in (0.0, SECONDS / 2, SECONDS):
-        count = max(int(wanted / seconds), 1) if seconds else 2
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(count):
-            graph.replay()
-        if wanted == SECONDS:
-            time.sleep(SECONDS / 2)
-            clock, watts = query_gpus("clocks.sm,power.draw.instant")[0].split(", ")
-        torch.cuda.synchronize()
-        seconds = (time.perf_counter() - began) / count
-    return seconds / 8 / len(calls), clock, watts
+    seconds, clock, watts = hot_seconds(graph, SECONDS)
+    return seconds / REPEATS / len(calls), clock, watts
 
 
 def measure_product(num_in: int, num_out: int) -> list[Row]:

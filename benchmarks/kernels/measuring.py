@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+
+from blendserve.nvidia_smi import query_gpus
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128  # Llama-3.1-8B
 PROJECTIONS = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))  # its four GEMMs, [in, out]
@@ -51,6 +54,29 @@ def median_seconds(calls: Sequence[Callable[[], object]], num_replays: int = 15)
     estimate = min(_replay_seconds(calls, 1)) * len(calls)
     repeats = max(1, math.ceil(_MIN_GRAPH_SECONDS / estimate))
     return statistics.median(_replay_seconds(list(calls) * repeats, num_replays))
+
+
+def hot_seconds(graph: torch.cuda.CUDAGraph, lasting: float) -> tuple[float, str, str]:
+    """Return the seconds of a replay when the GPU is as hot and as slow as it gets, its clock and its power.
+
+    lasting: seconds of replays that are measured; half as many go before.
+    """
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    seconds = 0.0
+    for wanted in (0.0, lasting / 2, lasting):  # how long one takes; until the GPU is hot; measured
+        count = max(int(wanted / seconds), 1) if seconds else 2
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        first.record()
+        for _ in range(count):
+            graph.replay()
+        last.record()
+        if wanted == lasting:
+            time.sleep(max(lasting / 2 - (time.perf_counter() - began), 0.0))
+            clock, watts = query_gpus("clocks.sm,power.draw.instant")[0].split(", ")
+        torch.cuda.synchronize()
+        seconds = first.elapsed_time(last) / 1e3 / count
+    return seconds, clock, watts
 
 
 def copy_bytes_per_second() -> float:

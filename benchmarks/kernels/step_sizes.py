@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from run import LLAMA_3_1_8B
 
-from benchmarks.kernels.measuring import BLOCK_SIZE, DTYPE, HEAD_DIM, KV_HEADS
+from benchmarks.kernels.measuring import BLOCK_SIZE, DTYPE, HEAD_DIM, KV_HEADS, hot_seconds
 from benchmarks.kernels.reports import Row, run_and_report
 from blendserve.models.batch import DecodePart, ModelBatch, PrefillPart
 from blendserve.models.config import ModelConfig
 from blendserve.models.llama import LayerCache, LlamaModel
 from blendserve.models.weights import dummy_weights
-from blendserve.nvidia_smi import query_gpus
 
 NUM_LAYERS, NUM_BLOCKS, SECONDS = 8, 3750, 0.5
 NUM_DECODES, CONTEXT = 400, 1000
@@ -69,18 +67,7 @@ def measure(model: LlamaModel, caches: list[LayerCache], num_decodes: int, num_t
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         model.forward(batch, caches)
-    seconds = 0.0
-    for wanted in (0.0, SECONDS / 2, SECONDS):  # how long one takes; until the GPU is hot; measured
-        count = max(int(wanted / seconds), 1) if seconds else 2
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(count):
-            graph.replay()
-        if wanted == SECONDS:
-            time.sleep(SECONDS / 2)
-            clock, watts = query_gpus("clocks.sm,power.draw.instant")[0].split(", ")
-        torch.cuda.synchronize()
-        seconds = (time.perf_counter() - began) / count
+    seconds, clock, watts = hot_seconds(graph, SECONDS)
     return {
         "decodes": num_decodes,
         "tokens": num_tokens,
