@@ -24,7 +24,8 @@ CONNECTION = {
 
 def test_description_is_what_airflow_wants() -> None:
     schema = json.loads((resources.files("airflow") / "provider_info.schema.json").read_text())
-    jsonschema.validate(get_provider_info(), schema)
+    validator = jsonschema.validators.validator_for(schema)(schema)
+    assert list(validator.iter_errors(get_provider_info())) == []
 
 
 def test_number_of_the_configuration_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
