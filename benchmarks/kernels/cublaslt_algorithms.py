@@ -100,14 +100,9 @@ class CublasLt:
         return " ".join(parts)
 
 
-def lasting(calls: list[Callable[[], object]]) -> tuple[float, str, str]:
-    """Seconds a call once the GPU is hot, its clock and its power."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls * REPEATS:
-            call()
-    seconds, clock, watts = hot_seconds(graph, SECONDS)
-    return seconds / REPEATS / len(calls), clock, watts
+def run_repeatedly(calls: list[Callable[[], object]]) -> None:
+    for call in calls * REPEATS:
+        call()
 
 
 def measure_product(num_in: int, num_out: int) -> list[Row]:
@@ -133,8 +128,9 @@ def measure_product(num_in: int, num_out: int) -> list[Row]:
     rows = []
     for name, calls in candidates.items():
         in_short = median_seconds(calls, 5)
-        seconds, clock, watts = lasting(calls)
-        row = {"shape": f"{num_in}x{num_out}", "algorithm": name, "short_us": in_short * 1e6, "us": seconds * 1e6}
+        seconds, clock, watts = hot_seconds(partial(run_repeatedly, calls), SECONDS)
+        each = seconds / REPEATS / len(calls)
+        row = {"shape": f"{num_in}x{num_out}", "algorithm": name, "short_us": in_short * 1e6, "us": each * 1e6}
         rows.append(row | {"clock": clock, "power": watts})
     return rows
 

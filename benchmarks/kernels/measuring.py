@@ -56,11 +56,16 @@ def median_seconds(calls: Sequence[Callable[[], object]], num_replays: int = 15)
     return statistics.median(_replay_seconds(list(calls) * repeats, num_replays))
 
 
-def hot_seconds(graph: torch.cuda.CUDAGraph, lasting: float) -> tuple[float, str, str]:
-    """Return the seconds of a replay when the GPU is as hot and as slow as it gets, its clock and its power.
+def hot_seconds(work: Callable[[], object], lasting: float) -> tuple[float, str, str]:
+    """Return the seconds that `work` takes when the GPU is as hot and as slow as it gets, its clock and its power.
 
-    lasting: seconds of replays that are measured; half as many go before.
+    `work` is captured in a CUDA graph. lasting: seconds of replays that are measured; half as many go before.
     """
+    work()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     seconds = 0.0
     for wanted in (0.0, lasting / 2, lasting):  # how long one takes; until the GPU is hot; measured

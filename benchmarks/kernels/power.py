@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernels.measuring import hot_seconds
 from benchmarks.kernels.overlap import Layers, Mix, NanoBatch, in_sequence, ping_pong
 from benchmarks.kernels.reports import describe_run
-from blendserve.nvidia_smi import query_gpus
 
 NUM_LAYERS, SECONDS = 8, 1.6
 MIXES = (Mix(1024, 440, 0), Mix(512, 880, 1536))
@@ -52,27 +51,8 @@ def at_once(decodes: NanoBatch, others: NanoBatch, streams: list[torch.cuda.Stre
 
 
 def measure(way: str, work: Callable[[], None]) -> dict[str, Any]:
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    for _ in range(20):
-        graph.replay()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    graph.replay()
-    torch.cuda.synchronize()
-    count = int(SECONDS / (time.perf_counter() - began))
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    first.record()
-    for _ in range(count):
-        graph.replay()
-    last.record()
-    time.sleep(SECONDS * 0.6)
-    clock, watts = query_gpus("clocks.sm,power.draw.instant")[0].split(", ")
-    torch.cuda.synchronize()
-    microseconds = first.elapsed_time(last) * 1e3 / count / NUM_LAYERS
+    seconds, clock, watts = hot_seconds(work, SECONDS)
+    microseconds = seconds * 1e6 / NUM_LAYERS
     line = {"way": way, "us_a_layer": microseconds, "clock": clock, "power": watts}
     print(f"{way:32} {microseconds:8.0f} us a layer  {clock}  {watts}", flush=True)
     return line

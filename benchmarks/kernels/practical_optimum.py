@@ -30,15 +30,15 @@ import numpy as np
 import torch
 from ordered_requests import read_ordered_requests, sort_prompts
 
-from benchmarks.kernels.measuring import DTYPE, HEAD_DIM, HEADS, KV_BYTES_PER_TOKEN, PROJECTIONS
+from benchmarks.kernels.measuring import DTYPE
 from benchmarks.kernels.overlap import Layers, NanoBatch, in_sequence, ping_pong
-from benchmarks.kernels.power import measure
+from benchmarks.kernels.power import NUM_LAYERS, measure
 from benchmarks.kernels.reports import Row, describe_run
+from blendserve.planner.performance_model import cost_constants, load_hardware, load_model_shape
 
-NUM_LAYERS, OF_LAYERS, STEP_TOKENS = 8, 32, 1024
-HIDDEN, VOCABULARY = 4096, 128_256
+MODEL = load_model_shape("llama-3.1-8b")
+STEP_TOKENS = 1024
 PROGRAMS, USUAL_PROGRAMS = (28, 36, 44), 36  # SMs for decode attention
-PEAK_FLOPS, PEAK_BYTES = 989.4e12, 3.35e12  # a second, of the H100's data sheet
 
 
 class Work(NamedTuple):
@@ -56,13 +56,12 @@ class Work(NamedTuple):
 
     @property
     def peak_seconds(self) -> tuple[float, float]:
-        """Compute and memory time at the data sheet's peaks, weights not counted."""
-        weights = sum(num_in * num_out for num_in, num_out in PROJECTIONS) * OF_LAYERS
-        products = (
-            2 * weights * (self.prefill_tokens + self.decode_tokens) + 2 * HIDDEN * VOCABULARY * self.decode_tokens
-        )
-        flops = products + 4 * HEADS * HEAD_DIM * OF_LAYERS * (self.pairs + self.read_tokens)
-        return flops / PEAK_FLOPS, self.read_tokens * KV_BYTES_PER_TOKEN * OF_LAYERS / PEAK_BYTES
+        """Compute and memory time at the H100's data sheet's peaks; the attention of decodes is computed, too."""
+        costs = cost_constants(MODEL, load_hardware("h100"))
+        compute = (self.prefill_tokens + self.decode_tokens) * costs.seconds_per_layer_token
+        compute += self.decode_tokens * costs.seconds_per_sampled_token
+        compute += (self.pairs + self.read_tokens) * costs.seconds_per_attended_pair
+        return compute, self.read_tokens * costs.seconds_per_kv_token
 
 
 def work_of(folder: Path) -> Work:
@@ -88,7 +87,7 @@ class Step:
         self.context = round(work.read_tokens / work.decode_tokens)
         self.chunk = STEP_TOKENS - self.num_decodes
         self.chunk_context = max(round(work.pairs / work.prefill_tokens + self.chunk / 2), self.chunk)
-        self.head = torch.empty(VOCABULARY, HIDDEN, dtype=DTYPE, device="cuda").normal_(0, 0.02)
+        self.head = torch.empty(MODEL.vocab_size, MODEL.hidden_size, dtype=DTYPE, device="cuda").normal_(0, 0.02)
         self.streams = [torch.cuda.Stream(priority=-1), torch.cuda.Stream()]  # type: ignore[no-untyped-call]
 
     def batch(self, programs: int | None = None, *, limits_products: bool = False) -> NanoBatch:
@@ -136,13 +135,13 @@ class Step:
     def taking_turns(self, batches: list[NanoBatch]) -> None:
         ping_pong(batches, NUM_LAYERS, self.streams)
         for batch in batches:
-            torch.nn.functional.linear(batch.x[: batch.num_decodes * NUM_LAYERS // OF_LAYERS], self.head)
+            torch.nn.functional.linear(batch.x[: batch.num_decodes * NUM_LAYERS // MODEL.num_layers], self.head)
 
     def at_once(self, batch: NanoBatch) -> None:
         self._together(partial(self.attention, batch), partial(self.products, batch))
 
     def _head(self, batch: NanoBatch) -> None:
-        torch.nn.functional.linear(batch.x[: self.num_decodes * NUM_LAYERS // OF_LAYERS], self.head)
+        torch.nn.functional.linear(batch.x[: self.num_decodes * NUM_LAYERS // MODEL.num_layers], self.head)
 
     def _together(self, *parts: partial[None]) -> None:
         current = torch.cuda.current_stream()
@@ -171,7 +170,7 @@ def measure_workload(layers: Layers, folder: Path, num_sms: int) -> Row:
     rows = []
     for name, way in ways.items():
         row = measure(name, way)
-        row["workload_seconds"] = row["us_a_layer"] * OF_LAYERS * work.num_steps * 1e-6
+        row["workload_seconds"] = row["us_a_layer"] * MODEL.num_layers * work.num_steps * 1e-6
         rows.append(row)
         print(f"    {row['workload_seconds']:.1f} s", flush=True)
     return {"workload": folder.name, **work._asdict(), "peak_seconds": work.peak_seconds, "ways": rows}

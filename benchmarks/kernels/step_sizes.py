@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,13 +62,7 @@ def make_batch(num_decodes: int, num_tokens: int) -> ModelBatch:
 
 def measure(model: LlamaModel, caches: list[LayerCache], num_decodes: int, num_tokens: int) -> Row:
     batch = make_batch(num_decodes, num_tokens)
-    for _ in range(2):
-        model.forward(batch, caches)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        model.forward(batch, caches)
-    seconds, clock, watts = hot_seconds(graph, SECONDS)
+    seconds, clock, watts = hot_seconds(partial(model.forward, batch, caches), SECONDS)
     return {
         "decodes": num_decodes,
         "tokens": num_tokens,
